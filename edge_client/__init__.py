@@ -1,0 +1,1 @@
+"""The edge: it keeps the text, the outer blocks and the head."""

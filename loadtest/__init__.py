@@ -1,0 +1,1 @@
+"""Workloads, and a report of what the server carries."""

@@ -1,0 +1,1 @@
+"""The server: it hosts the middle blocks and answers steps."""

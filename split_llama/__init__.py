@@ -1,0 +1,1 @@
+"""What both parties share: the model core, the engine, the wire, the transports and the noise."""

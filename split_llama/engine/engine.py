@@ -1,0 +1,109 @@
+"""The engine: one segment, its KV pages and an attention backend. Segments A, B and C all run on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from split_llama.config import BlockRange
+from split_llama.engine.attention import Attention, TorchAttention
+from split_llama.engine.kv_cache import KVCache
+from split_llama.engine.pages import PagePool
+from split_llama.engine.plan import BatchPlan, SequenceRun, Stage
+from split_llama.engine.sequence import Sequence
+from split_llama.errors import PartitionNotAllowed
+from split_llama.layers import Segment
+
+PAGE_SIZE = 16
+
+
+class Executor(Protocol):
+    """The seam between planning and computing: immutable plans in, outputs out, nothing shared."""
+
+    def run(self, plan: BatchPlan, states: Tensor) -> Tensor:
+        """Run one pass: `states [rows, hidden]` to outputs of the same shape. Blocking; one call at a time."""
+        ...
+
+
+class SegmentExecutor:
+    """Runs plans over a segment and its cache in this process."""
+
+    def __init__(self, segment: Segment, cache: KVCache, attention: Attention) -> None:
+        self._segment = segment
+        self._cache = cache
+        self._attention = attention
+
+    @torch.inference_mode()
+    def run(self, plan: BatchPlan, states: Tensor) -> Tensor:
+        """Apply the plan's cache edits, then run its rows stage by stage; see `Executor.run`."""
+        assert states.shape == (plan.num_rows, self._segment.config.hidden_size), "plan and states disagree"
+        self._cache.apply(plan.edits)
+        stages = plan.stages()
+        if len(stages) == 1:
+            return self._run_stage(stages[0], plan.runs, states)
+        states = states.clone()
+        ranges = plan.row_ranges()
+        for stage in stages:
+            rows = torch.tensor([row for i in stage.runs for row in ranges[i]], device=states.device)
+            runs = [plan.runs[i] for i in stage.runs]
+            states[rows] = self._run_stage(stage, runs, states[rows])
+        return states
+
+    def _run_stage(self, stage: Stage, runs: Iterable[SequenceRun], states: Tensor) -> Tensor:
+        runs = list(runs)
+        positions = torch.tensor([p for run in runs for p in run.rotary_positions()], device=states.device)
+        windows = self._segment.config.sliding_windows
+        attend = self._attention.plan(runs, self._cache, windows)
+        out: Tensor = self._segment(stage.blocks, states, positions, attend)
+        return out
+
+
+class Engine:
+    """Owns a segment's pages and plans passes over them.
+
+    Sequences and `plan` belong to one owner (an event loop, or one thread); `run` may be called from one other thread.
+    """
+
+    def __init__(
+        self,
+        segment: Segment,
+        *,
+        num_pages: int,
+        page_size: int = PAGE_SIZE,
+        attention: Attention | None = None,
+    ) -> None:
+        self.segment = segment
+        self.pool = PagePool(num_pages, page_size)
+        cache = KVCache(
+            segment.config,
+            segment.blocks,
+            num_pages=num_pages,
+            page_size=page_size,
+            dtype=segment.dtype,
+            device=segment.device,
+        )
+        self.executor: Executor = SegmentExecutor(segment, cache, attention or TorchAttention())
+
+    @property
+    def blocks(self) -> BlockRange:
+        """The blocks hosted here."""
+        return self.segment.blocks
+
+    def sequence(self, blocks: BlockRange, max_length: int) -> Sequence:
+        """Start an empty sequence over `blocks`. Raises `PartitionNotAllowed` unless they are hosted here."""
+        if not self.blocks.contains(blocks):
+            raise PartitionNotAllowed(
+                f"blocks {blocks} asked for, blocks {self.blocks} are hosted here; choose a partition inside them"
+            )
+        return Sequence(self.pool, blocks, max_length)
+
+    def plan(self, runs: Iterable[SequenceRun]) -> BatchPlan:
+        """Make the plan of one pass; plans must run in the order in which they were made."""
+        return BatchPlan(tuple(runs), self.pool.take_edits())
+
+    def run(self, plan: BatchPlan, states: Tensor) -> Tensor:
+        """Run a plan; see `Executor.run`."""
+        return self.executor.run(plan, states)

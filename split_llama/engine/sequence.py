@@ -1,0 +1,159 @@
+"""One growing sequence: its block table, its length, and the draft that is still tentative. Pure bookkeeping.
+
+Rows are committed as they are appended. A draft's rows are tentative until `accept` or `truncate` says which stay:
+they lie at `[committed, length)`.
+"""
+
+from __future__ import annotations
+
+from split_llama.config import BlockRange
+from split_llama.engine.pages import CopyPage, MoveSlots, PagePool
+from split_llama.engine.plan import SequenceRun
+from split_llama.errors import BadRequest, ContextExceeded, PositionGap
+from split_llama.mask import MAX_TREE_NODES, MaskDescriptor
+
+
+def is_chain(tree: tuple[int, ...]) -> bool:
+    """Say whether every node's parent is the node before it."""
+    return all(bits == (2 << node) - 1 for node, bits in enumerate(tree))
+
+
+def check_tree(tree: tuple[int, ...]) -> None:
+    """Raise `BadRequest` unless `tree` is a rooted tree in topological order, one int of ancestor bits per node.
+
+    Bit `i` of node `n` says that node `i` is an ancestor of `n` or `n` itself. Node 0 is the root.
+    """
+    if not 1 <= len(tree) <= MAX_TREE_NODES:
+        raise BadRequest(f"a draft has 1 to {MAX_TREE_NODES} nodes, got {len(tree)}")
+    for node, bits in enumerate(tree):
+        others = bits ^ (1 << node)
+        parent = others.bit_length() - 1
+        if not bits >> node & 1 or parent >= node or (node > 0 and (parent < 0 or others != tree[parent])):
+            raise BadRequest(
+                f"draft node {node} has ancestor bits {bits:#x}: they must be its own bit and the bits of one earlier node"
+            )
+
+
+class Sequence:
+    """Block table and lengths of one sequence; every method either succeeds or leaves all as it was.
+
+    A page shared with a fork is copied before it is written to. The sequence owns its share of its pages until `free`.
+    """
+
+    def __init__(self, pool: PagePool, blocks: BlockRange, max_length: int) -> None:
+        self.blocks = blocks
+        self.max_length = max_length
+        self._pool = pool
+        self._table: list[int] = []
+        self._length = 0
+        self._draft: tuple[int, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Slots in use, tentative ones included."""
+        return self._length
+
+    @property
+    def committed(self) -> int:
+        """Slots whose rows stay; equal to `length` unless a draft is pending."""
+        return self._length - len(self._draft)
+
+    @property
+    def block_table(self) -> tuple[int, ...]:
+        """Pages in the order of their slots."""
+        return tuple(self._table)
+
+    def append(self, count: int) -> SequenceRun:
+        """Add `count` committed rows. Raises `ContextExceeded`, `OutOfPages`."""
+        assert not self._draft, "accept or truncate the draft first"
+        return self._grow(count, None)
+
+    def append_draft(self, tree: tuple[int, ...]) -> SequenceRun:
+        """Add one tentative row per node of `tree` (see `check_tree`). Raises `BadRequest` and what `append` raises."""
+        assert not self._draft, "accept or truncate the draft first"
+        check_tree(tree)
+        run = self._grow(len(tree), tree)
+        self._draft = tree
+        return run
+
+    def _grow(self, count: int, tree: tuple[int, ...] | None) -> SequenceRun:
+        first, end = self._length, self._length + count
+        if end > self.max_length:
+            raise ContextExceeded(
+                f"the sequence would grow to {end} positions, the context holds {self.max_length}; shorten the prompt"
+            )
+        self._reserve(first, end)
+        self._length = end
+        mask = MaskDescriptor(kv_len=end) if tree is None else MaskDescriptor(kv_len=end, tail_begin=first)
+        return SequenceRun(self.blocks, self.block_table, mask, first, count, tree)
+
+    def _reserve(self, first: int, end: int) -> None:
+        """Make the slots `[first, end)` writable: new pages, and a copy of a shared page that is partly filled."""
+        size = self._pool.page_size
+        held = len(self._table)
+        shared = first // size if first < held * size and self._pool.is_shared(self._table[first // size]) else None
+        needed = max(0, -(-end // size) - held)
+        pages = self._pool.allocate(needed + (shared is not None))
+        if shared is not None:
+            copy, *pages_left = pages
+            self._pool.record(CopyPage(self._table[shared], copy, slots=first % size))
+            self._pool.release([self._table[shared]])
+            self._table[shared] = copy
+            pages = tuple(pages_left)
+        self._table.extend(pages)
+
+    def accept(self, nodes: tuple[int, ...]) -> None:
+        """Keep the draft nodes `nodes`, root to leaf, move their slots into place and drop the rest.
+
+        Raises `BadRequest` when they are not a path from the root of the pending draft.
+        """
+        if any(node >= len(self._draft) for node in nodes):
+            raise BadRequest(f"accept names node {max(nodes)}, the pending draft has {len(self._draft)} nodes")
+        path = 0
+        for node in nodes:
+            path |= 1 << node
+            if self._draft[node] != path:
+                raise BadRequest(f"accept {list(nodes)} is no path from the draft's root at node {node}")
+        base = self.committed
+        moves = [(base + node, base + place) for place, node in enumerate(nodes) if node != place]
+        if moves:
+            sources, targets = zip(*((self._cache_slot(a), self._cache_slot(b)) for a, b in moves), strict=True)
+            self._pool.record(MoveSlots(sources, targets))
+        self._drop_from(base + len(nodes))
+
+    def truncate(self, length: int) -> None:
+        """Drop all slots from `length` on; of a pending draft, a chain keeps its prefix and becomes committed.
+
+        Raises `PositionGap` beyond the end, `BadRequest` when a pending draft is a tree and `length` cuts into it.
+        """
+        if length > self._length:
+            raise PositionGap(f"position {length} lies beyond the sequence's {self._length} positions")
+        if length > self.committed and not is_chain(self._draft):
+            raise BadRequest(
+                f"position {length} cuts into a pending draft tree at {self.committed}; say which nodes to accept"
+            )
+        self._drop_from(length)
+
+    def _drop_from(self, length: int) -> None:
+        self._length, self._draft = length, ()
+        keep = -(-length // self._pool.page_size)
+        self._pool.release(self._table[keep:])
+        del self._table[keep:]
+
+    def fork(self, at: int) -> Sequence:
+        """Share the first `at` committed slots with a new sequence, without copying. Raises `PositionGap`."""
+        if not 0 <= at <= self.committed:
+            raise PositionGap(f"cannot fork at {at}: the sequence has {self.committed} committed positions")
+        child = Sequence(self._pool, self.blocks, self.max_length)
+        child._table = self._table[: -(-at // self._pool.page_size)]
+        child._length = at
+        self._pool.share(child._table)
+        return child
+
+    def free(self) -> None:
+        """Give all pages back; the sequence is empty afterwards."""
+        self._drop_from(0)
+
+    def _cache_slot(self, slot: int) -> int:
+        size = self._pool.page_size
+        return self._table[slot // size] * size + slot % size

@@ -1,0 +1,255 @@
+"""The LLaMA-family blocks over ragged rows: RMSNorm, rotary, attention, MLP, block, segment, embedding and head.
+
+Shapes: N rows of the batch (all sequences back to back, no padding), D hidden, H query heads, G key-value heads,
+K head_dim, I intermediate, V vocabulary. A tensor's name carries its shape where it helps: `q_NHK`.
+
+Module and parameter names follow transformers' Llama. Q, K and V, and gate and up, are stored fused; `stored_parts`
+gives the checkpoint's names as views of that storage, so loading and training see `q_proj`, `k_proj`, ... of one copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from split_llama.config import BlockRange, ModelConfig, Rope
+
+
+class BlockAttention(Protocol):
+    """Attention of one pass in one block: stores the rows' K and V, and lets each query row see its own sequence."""
+
+    def __call__(self, block: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:  # noqa: N803
+        """Give the attention output `[N, H, K]`."""
+        ...
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """Make storage for weights that a checkpoint fills; frozen, for training adds adapters and leaves the base alone."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (Zhang and Sennrich 2019) in float32, scaled in the input's dtype."""
+
+    def __init__(self, width: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight = _empty((width,), dtype, device)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
+    """Rotary frequencies `[K / 2]`, float32; "llama3" scaling as in Meta's Llama 3.1 reference."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    frequencies = 1.0 / (rope.theta**exponents)
+    if rope.kind == "linear":
+        return frequencies / rope.factor
+    if rope.kind == "llama3":
+        return _llama3_frequencies(frequencies, rope)
+    return frequencies
+
+
+def _llama3_frequencies(frequencies: Tensor, rope: Rope) -> Tensor:
+    """Keep short wavelengths, divide long ones by `factor`, and blend between the two bounds."""
+    wavelengths = 2 * math.pi / frequencies
+    context = rope.original_max_position_embeddings
+    smooth = (context / wavelengths - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blended = (1 - smooth) * frequencies / rope.factor + smooth * frequencies
+    long = wavelengths > context / rope.low_freq_factor
+    short = wavelengths < context / rope.high_freq_factor
+    return torch.where(long, frequencies / rope.factor, torch.where(short, frequencies, blended))
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosine and sine of the rotary angles (Su et al. 2021) for given positions."""
+
+    inverse_frequencies: Tensor
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        super().__init__()
+        frequencies = inverse_frequencies(config.rope, config.head_dim).to(device)
+        self.register_buffer("inverse_frequencies", frequencies, persistent=False)
+
+    def forward(self, positions_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # noqa: N803
+        """Give cos and sin, each `[N, 1, K]`: computed in float32, then cast."""
+        angles = positions_N.float()[:, None] * self.inverse_frequencies
+        angles = torch.cat((angles, angles), dim=-1)[:, None, :]
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn `[N, heads, K]` by the angles; the halves of K are the two coordinates (the Hugging Face layout)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class FusedLinear(nn.Module):
+    """Several linear layers over the same input as one matrix, each part reachable under its own name."""
+
+    def __init__(
+        self, width: int, parts: dict[str, int], bias: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        rows = sum(parts.values())
+        self.parts = parts
+        self.weight = _empty((rows, width), dtype, device)
+        self.bias = _empty((rows,), dtype, device) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give all parts' outputs side by side, `[N, sum of parts]`."""
+        return F.linear(x, self.weight, self.bias)
+
+    def stored_parts(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield `(name, view)` for the weight and bias of each part."""
+        start = 0
+        for name, rows in self.parts.items():
+            yield f"{name}.weight", self.weight[start : start + rows]
+            if self.bias is not None:
+                yield f"{name}.bias", self.bias[start : start + rows]
+            start += rows
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, and with Qwen3's norm of Q and K where the model has it."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        q_width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        self.head_dim = config.head_dim
+        qkv = {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}
+        self.qkv_proj = FusedLinear(config.hidden_size, qkv, config.qkv_bias, dtype, device)
+        self.o_proj = FusedLinear(q_width, {"o_proj": config.hidden_size}, config.output_bias, dtype, device)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
+
+    def forward(self, block: int, x_ND: Tensor, cos: Tensor, sin: Tensor, attend: BlockAttention) -> Tensor:  # noqa: N803
+        """Give the attention output `[N, D]`."""
+        qkv = self.qkv_proj(x_ND).unflatten(-1, (-1, self.head_dim))
+        q_NHK, k_NGK, v_NGK = qkv.split(self.heads, dim=1)  # noqa: N806
+        q_NHK = rotate(self.q_norm(q_NHK), cos, sin)  # noqa: N806
+        k_NGK = rotate(self.k_norm(k_NGK), cos, sin)  # noqa: N806
+        return self.o_proj(attend(block, q_NHK, k_NGK, v_NGK).flatten(1))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        parts = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
+        self.gate_up_proj = FusedLinear(config.hidden_size, parts, config.mlp_bias, dtype, device)
+        down = {"down_proj": config.hidden_size}
+        self.down_proj = FusedLinear(config.intermediate_size, down, config.mlp_bias, dtype, device)
+
+    def forward(self, x_ND: Tensor) -> Tensor:  # noqa: N803
+        """Give the feed-forward output `[N, D]`."""
+        gate, up = self.gate_up_proj(x_ND).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.self_attn = Attention(config, dtype, device)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.mlp = MLP(config, dtype, device)
+
+    def forward(self, block: int, x_ND: Tensor, cos: Tensor, sin: Tensor, attend: BlockAttention) -> Tensor:  # noqa: N803
+        """Give the block's output `[N, D]`; `block` is its number in the whole model."""
+        x_ND = x_ND + self.self_attn(block, self.input_layernorm(x_ND), cos, sin, attend)  # noqa: N806
+        return x_ND + self.mlp(self.post_attention_layernorm(x_ND))  # type: ignore[no-any-return]
+
+    def stored_parts(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield `(name below model.layers.N, view of the storage)` for every tensor of a checkpoint's block."""
+        for name, module in self.named_modules():
+            if isinstance(module, RMSNorm):
+                yield f"{name}.weight", module.weight
+            elif isinstance(module, FusedLinear):
+                parent = name.rpartition(".")[0]
+                yield from ((f"{parent}.{part}", view) for part, view in module.stored_parts())
+
+
+class Segment(nn.Module):
+    """The blocks `[start, stop)` of a model; A, B and C are segments."""
+
+    def __init__(self, config: ModelConfig, blocks: BlockRange, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = blocks
+        self.dtype = dtype
+        self.device = device
+        self.rotary = RotaryEmbedding(config, device)
+        self.layers = nn.ModuleList(Block(config, dtype, device) for _ in range(len(blocks)))
+
+    def forward(self, span: BlockRange, x_ND: Tensor, positions_N: Tensor, attend: BlockAttention) -> Tensor:  # noqa: N803
+        """Run rows `[N, D]` with rotary positions `[N]` through the blocks of `span`, which this segment contains."""
+        cos, sin = self.rotary(positions_N, x_ND.dtype)
+        for block in range(span.start, span.stop):
+            x_ND = self.layers[block - self.blocks.start](block, x_ND, cos, sin, attend)  # noqa: N806
+        return x_ND
+
+    def stored_parts(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield `(checkpoint name, view of the storage)` for every tensor of this segment."""
+        for index, layer in zip(range(self.blocks.start, self.blocks.stop), self.layers, strict=True):
+            assert isinstance(layer, Block)
+            yield from ((f"model.layers.{index}.{name}", view) for name, view in layer.stored_parts())
+
+
+class Embedding(nn.Module):
+    """Token ids `[N]` to rows `[N, D]`."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight = _empty((config.vocab_size, config.hidden_size), dtype, device)
+
+    def forward(self, token_ids_N: Tensor) -> Tensor:  # noqa: N803
+        """Look the rows up."""
+        return F.embedding(token_ids_N, self.weight)
+
+    def stored_parts(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the checkpoint name and the storage."""
+        yield "model.embed_tokens.weight", self.weight
+
+
+class Head(nn.Module):
+    """The final norm and the LM head: rows `[N, D]` to float32 logits `[N, V]`.
+
+    With tied embeddings the head shares the embedding's storage; pass it as `tied_to`.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, tied_to: Embedding | None = None
+    ) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.tied = tied_to is not None
+        shape = (config.vocab_size, config.hidden_size)
+        self.weight = _empty(shape, dtype, device) if tied_to is None else tied_to.weight
+
+    def forward(self, x_ND: Tensor) -> Tensor:  # noqa: N803
+        """Give the logits."""
+        return F.linear(self.norm(x_ND), self.weight).float()
+
+    def stored_parts(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield checkpoint names and storage."""
+        yield "model.norm.weight", self.norm.weight
+        if not self.tied:
+            yield "lm_head.weight", self.weight

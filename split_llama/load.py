@@ -1,0 +1,92 @@
+"""Fill a party's modules from a checkpoint, reading only the tensors they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from split_llama.checkpoint import Checkpoint
+from split_llama.config import BlockRange
+from split_llama.errors import CheckpointError, UnsupportedModel, UsageError
+from split_llama.layers import Embedding, Head, Segment
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+class _Stored(Protocol):
+    def stored_parts(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """Read a compute dtype by its name, long or short. Raises `UsageError`."""
+    if name not in DTYPES:
+        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}; got {name!r}")
+    return DTYPES[name]
+
+
+def parse_device(name: str) -> torch.device:
+    """Read a device name such as "cpu", "cuda" or "cuda:1"; "auto" takes CUDA where there is one. Raises `UsageError`."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device must be auto, cpu or cuda[:N]; got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {name!r} asked for, but this PyTorch sees no CUDA device; use --device cpu")
+    return device
+
+
+def load_segment(
+    checkpoint: Checkpoint, blocks: BlockRange, *, dtype: torch.dtype, device: torch.device
+) -> Segment:
+    """Load the blocks of one segment. Raises `CheckpointError` on a missing tensor or a wrong shape."""
+    segment = Segment(checkpoint.config, blocks, dtype=dtype, device=device)
+    _fill(segment, checkpoint)
+    return segment
+
+
+def load_embedding(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> Embedding:
+    """Load the token embedding."""
+    embedding = Embedding(checkpoint.config, dtype=dtype, device=device)
+    _fill(embedding, checkpoint)
+    return embedding
+
+
+def load_head(
+    checkpoint: Checkpoint, embedding: Embedding, *, dtype: torch.dtype, device: torch.device
+) -> Head:
+    """Load the final norm and the LM head; a tied head shares `embedding`'s storage."""
+    tied = embedding if checkpoint.config.tie_word_embeddings else None
+    head = Head(checkpoint.config, dtype=dtype, device=device, tied_to=tied)
+    _fill(head, checkpoint)
+    return head
+
+
+def _fill(module: _Stored, checkpoint: Checkpoint) -> None:
+    """Copy every stored part in, and refuse tensors of these blocks that the module has no place for."""
+    wanted = dict(module.stored_parts())
+    for name, view in wanted.items():
+        tensor = checkpoint.tensor(name)
+        if tensor.shape != view.shape:
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {name} has shape {tuple(tensor.shape)}, config.json asks for "
+                f"{tuple(view.shape)}; weights and config.json are not of one model"
+            )
+        with torch.no_grad():
+            view.copy_(tensor)
+    blocks = {name.split(".")[2] for name in wanted if name.startswith("model.layers.")}
+    for name in sorted(checkpoint.tensor_names - wanted.keys()):
+        # Old exports carry the rotary frequencies, which are computed here.
+        if name.startswith("model.layers.") and name.split(".")[2] in blocks and not name.endswith("rotary_emb.inv_freq"):
+            raise UnsupportedModel(f"{checkpoint.path}: the tensor {name} has no place in a {checkpoint.config.model_type} block")

@@ -1,0 +1,1 @@
+"""One Transport protocol; WebSocket, HTTP and in-process versions."""

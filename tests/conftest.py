@@ -1,0 +1,39 @@
+"""Fixtures that every package's tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import TinyModel, write_model
+
+TinyCheckpoint = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The shared test data: $FL_LLAMA_DATA, or ../shared/data beside the repository; skips where there is none."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("FL_LLAMA_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no test data: set FL_LLAMA_DATA or put it in {beside}")
+    return folder
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path: Path) -> TinyCheckpoint:
+    """A factory of tiny checkpoints: `tiny_checkpoint(family="qwen2", shards=3, dtype=torch.bfloat16)` gives a folder.
+
+    The keywords are the fields of `tiny_models.TinyModel`; each call writes a new folder.
+    """
+    written: list[Path] = []
+
+    def write(**geometry: Any) -> Path:
+        folder = tmp_path / f"tiny-{len(written)}"
+        written.append(write_model(folder, TinyModel(**geometry)))
+        return folder
+
+    return write

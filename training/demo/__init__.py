@@ -1,0 +1,1 @@
+"""The bundled `demo` model: its small world, tokenizer, training and evaluation."""
