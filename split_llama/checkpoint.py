@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from split_llama.config import ModelConfig
+from split_llama.config import BlockRange, ModelConfig
 from split_llama.errors import CheckpointError
 from split_llama.generation_config import GenerationDefaults
 from split_llama.json_file import read_json
@@ -112,15 +113,22 @@ class Checkpoint:
         return GenerationDefaults.from_hf(read_json(file) if file.exists() else {}, self.raw_config)
 
 
+def holds_blocks(blocks: BlockRange) -> Callable[[str], bool]:
+    """Say of a tensor's name whether it belongs to one of `blocks`."""
+    prefixes = tuple(f"model.layers.{block}." for block in range(blocks.start, blocks.stop))
+    # Old exports carry the rotary frequencies, which are computed here.
+    return lambda name: name.startswith(prefixes) and not name.endswith("rotary_emb.inv_freq")
+
+
 def check_folder(folder: Path) -> None:
     """Raise `CheckpointError` unless `folder` is a folder with config.json; other formats are refused by name."""
     if folder.suffix == ".gguf":
         raise CheckpointError(f"{folder}: GGUF files are not supported; give a folder with a safetensors checkpoint")
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise CheckpointError(f"{folder} is a file; give the folder that holds config.json and the safetensors files")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise CheckpointError(f"{folder}: there is no such folder; check the path, or give a hub id such as ORG/NAME")
-    if not (folder / CONFIG_FILE).is_file():
+    if not os.path.isfile(folder / CONFIG_FILE):
         raise CheckpointError(
             f"{folder} has no config.json, so it is no Hugging Face checkpoint{_other_format(folder)}"
         )
@@ -168,7 +176,10 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
 
 def _other_format(folder: Path) -> str:
     """What else lies there and why it is not taken, to end an error message with."""
-    names = sorted(file.name for file in folder.iterdir() if file.is_file())
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        return f". It cannot be listed: {error.strerror or error}"
     gguf = next((name for name in names if name.endswith(".gguf")), None)
     if gguf:
         return f". {gguf} is a GGUF file, which is not supported; get the safetensors version of this model"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from split_llama.errors import CheckpointError
+from split_llama.json_file import brief
 
 _LARGE = 1e6
 
@@ -81,4 +82,4 @@ class _Fields:
 
 
 def _malformed(name: str, value: object, wanted: str) -> CheckpointError:
-    return CheckpointError(f"generation_config.json or config.json: {name} must be {wanted}, got {value!r:.80}")
+    return CheckpointError(f"generation_config.json or config.json: {name} must be {wanted}, got {brief(value)}")

@@ -33,6 +33,13 @@ def parse_json(text: bytes, what: str) -> dict[str, Any]:
     return value
 
 
+def brief(value: object) -> str:
+    """Show a parsed value in an error message: short, and safe for hostile values (huge or deeply nested)."""
+    if isinstance(value, list) and len(value) <= 8 and all(isinstance(item, int | float | str) for item in value):
+        return f"{value!r:.120}"
+    return f"a {type(value).__name__}" if isinstance(value, dict | list) else f"{value!r:.120}"
+
+
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):

@@ -29,7 +29,7 @@ class BlockAttention(Protocol):
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    """Make storage for weights that a checkpoint fills; frozen, for training adds adapters and leaves the base alone."""
+    """Make storage for weights that a checkpoint fills; frozen, for training leaves the base alone."""
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
 
@@ -96,9 +96,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class FusedLinear(nn.Module):
     """Several linear layers over the same input as one matrix, each part reachable under its own name."""
 
-    def __init__(
-        self, width: int, parts: dict[str, int], bias: bool, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, width: int, parts: dict[str, int], bias: bool, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         rows = sum(parts.values())
         self.parts = parts

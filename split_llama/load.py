@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Protocol
 
 import torch
@@ -35,7 +35,7 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def parse_device(name: str) -> torch.device:
-    """Read a device name such as "cpu", "cuda" or "cuda:1"; "auto" takes CUDA where there is one. Raises `UsageError`."""
+    """Read "cpu", "cuda", "cuda:1"; "auto" takes CUDA where there is one. Raises `UsageError`."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -47,9 +47,7 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
-def load_segment(
-    checkpoint: Checkpoint, blocks: BlockRange, *, dtype: torch.dtype, device: torch.device
-) -> Segment:
+def load_segment(checkpoint: Checkpoint, blocks: BlockRange, *, dtype: torch.dtype, device: torch.device) -> Segment:
     """Load the blocks of one segment. Raises `CheckpointError` on a missing tensor or a wrong shape."""
     segment = Segment(checkpoint.config, blocks, dtype=dtype, device=device)
     _fill(segment, checkpoint)
@@ -63,9 +61,7 @@ def load_embedding(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.
     return embedding
 
 
-def load_head(
-    checkpoint: Checkpoint, embedding: Embedding, *, dtype: torch.dtype, device: torch.device
-) -> Head:
+def load_head(checkpoint: Checkpoint, embedding: Embedding, *, dtype: torch.dtype, device: torch.device) -> Head:
     """Load the final norm and the LM head; a tied head shares `embedding`'s storage."""
     tied = embedding if checkpoint.config.tie_word_embeddings else None
     head = Head(checkpoint.config, dtype=dtype, device=device, tied_to=tied)
@@ -85,8 +81,16 @@ def _fill(module: _Stored, checkpoint: Checkpoint) -> None:
             )
         with torch.no_grad():
             view.copy_(tensor)
-    blocks = {name.split(".")[2] for name in wanted if name.startswith("model.layers.")}
-    for name in sorted(checkpoint.tensor_names - wanted.keys()):
+    _refuse_leftovers(checkpoint, wanted.keys())
+
+
+def _refuse_leftovers(checkpoint: Checkpoint, used: Set[str]) -> None:
+    """Refuse tensors of the loaded blocks that found no place: leaving one out would change the maths silently."""
+    blocks = {name.split(".")[2] for name in used if name.startswith("model.layers.")}
+    for name in sorted(checkpoint.tensor_names - used):
         # Old exports carry the rotary frequencies, which are computed here.
-        if name.startswith("model.layers.") and name.split(".")[2] in blocks and not name.endswith("rotary_emb.inv_freq"):
-            raise UnsupportedModel(f"{checkpoint.path}: the tensor {name} has no place in a {checkpoint.config.model_type} block")
+        if not name.startswith("model.layers.") or name.endswith("rotary_emb.inv_freq"):
+            continue
+        if name.split(".")[2] in blocks:
+            family = checkpoint.config.model_type
+            raise UnsupportedModel(f"{checkpoint.path}: the tensor {name} has no place in a {family} block")

@@ -5,7 +5,8 @@ Key slot `k` is visible to a query at slot `pos` when `kv_begin <= k < kv_len` a
 - `k >= tail_begin` (a draft tree): bit `k - tail_begin` of the row's ancestor bits is set;
 - otherwise `k <= pos` and (`k < sink_end` or `window == 0` or `k > pos - window`).
 
-`rope_offset`, and for drafts the depth in the tree, turn a slot into a rotary position. The window belongs to the layer.
+`rope_offset`, and for drafts the depth in the tree, turn a slot into a rotary position. The window belongs to the
+layer.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class MaskDescriptor:
 
 
 def is_visible(mask: MaskDescriptor, window: int, pos: int, ancestors: int, k: int) -> bool:
-    """Say whether key slot `k` is visible to the query at slot `pos` with the given ancestor bits (0 below the tail)."""
+    """Say whether key slot `k` is visible to the query at slot `pos` with ancestor bits (0 below the tail)."""
     if not mask.kv_begin <= k < mask.kv_len:
         return False
     if k >= mask.tail_begin:
@@ -57,6 +58,4 @@ def to_dense(
     `tree` holds one int of ancestor bits (self included) per row; `None` for rows below the tail.
     """
     bits = tree if tree is not None else [0] * count
-    return [
-        [is_visible(mask, window, first + row, bits[row], k) for k in range(mask.kv_len)] for row in range(count)
-    ]
+    return [[is_visible(mask, window, first + row, bits[row], k) for k in range(mask.kv_len)] for row in range(count)]

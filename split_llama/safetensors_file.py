@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from split_llama.errors import CheckpointError
-from split_llama.json_file import parse_json
+from split_llama.json_file import brief, parse_json
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
@@ -112,7 +112,9 @@ def _tensor_info(name: str, entry: object, file: Path, base: int) -> TensorInfo:
         raise CheckpointError(f"{where} must have dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{where} is malformed: {json.dumps(entry)[:200]}")
+        raise CheckpointError(
+            f"{where} is malformed: dtype {brief(dtype)}, shape {brief(shape)}, data_offsets {brief(offsets)}"
+        )
     begin, end = offsets
     if begin > end or (dtype in _ITEM_BYTES and end - begin != math.prod(shape) * _ITEM_BYTES[dtype]):
         raise CheckpointError(f"{where} gives bytes {begin} to {end}, which do not fit {dtype} of shape {shape}")

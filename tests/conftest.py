@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import TinyModel, write_model
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_torch_thread() -> None:
+    """Tiny tensors gain nothing from threads, and on a busy machine waiting for each other costs thirty times the work."""
+    torch.set_num_threads(1)
+
 
 TinyCheckpoint = Callable[..., Path]
 

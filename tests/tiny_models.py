@@ -177,8 +177,9 @@ def write_tokenizer(folder: Path, vocab: int, *, add_bos: bool = True) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_pseudo_text(), trainer)
+    tokenizer.add_tokens([f"<unused{index}>" for index in range(tokenizer.get_vocab_size(), vocab)])
     if tokenizer.get_vocab_size() != vocab:
-        raise ValueError(f"the tiny tokenizer has {tokenizer.get_vocab_size()} tokens; {vocab} were asked for")
+        raise ValueError(f"a byte-level tokenizer has at least {tokenizer.get_vocab_size()} tokens; got vocab={vocab}")
     if add_bos:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, 1)]

@@ -1,8 +1,8 @@
 """The `Attention` protocol of the engine, and its PyTorch backend.
 
-A backend turns the runs of a stage into a `BlockAttention` for each distinct window, once per pass; the blocks then call
-it with their rows. The backend reads K and V only where at least one of a run's queries may see them, so that garbage in
-other slots, NaN included, cannot reach a result.
+A backend turns the runs of a stage into a `BlockAttention` for each distinct window, once per pass; the blocks then
+call it with their rows. The backend reads K and V only where at least one of a run's queries may see them, so that
+garbage in other slots, NaN included, cannot reach a result.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class _PlannedAttention:
         v_cache.index_copy_(0, self.write_slots, v_NGK)
         out = torch.empty_like(q_NHK)
         for read in self.reads[self.windows[block]]:
-            out[read.rows] = _attend(q_NHK[read.rows], k_cache[read.slots], v_cache[read.slots], read.mask)
+            k_SGK, v_SGK = _read(k_cache, read.slots), _read(v_cache, read.slots)  # noqa: N806
+            out[read.rows] = _attend(q_NHK[read.rows], k_SGK, v_SGK, read.mask)
         return out
 
 
@@ -84,7 +85,7 @@ def _plan_reads(runs: Sequence[SequenceRun], window: int, cache: KVCache) -> lis
 def _visible_slots(
     run: SequenceRun, window: int, page_size: int, device: torch.device
 ) -> tuple[slice | Tensor, Tensor | None]:
-    """Give the cache slots that any row of the run sees, and the mask over them; no mask when each row sees them all."""
+    """Give the cache slots that any row of the run sees, and the mask over them; no mask where all rows see all."""
     mask = run.mask
     only_row_sees_all = run.count == 1 and run.tree is None and (window == 0 or window >= mask.kv_len)
     if only_row_sees_all:
@@ -113,10 +114,8 @@ def _visible(run: SequenceRun, window: int, device: torch.device) -> Tensor:
     return seen
 
 
-def _cache_slots(
-    run: SequenceRun, first: int, end: int, page_size: int, device: torch.device
-) -> slice | Tensor:
-    """Index the cache slots of positions `[first, end)`: by a slice, which copies nothing, where pages are consecutive."""
+def _cache_slots(run: SequenceRun, first: int, end: int, page_size: int, device: torch.device) -> slice | Tensor:
+    """Index the cache slots of positions `[first, end)`; consecutive pages give a slice, which copies nothing."""
     start, stop = first // page_size, -(-end // page_size)
     pages = run.block_table[start:stop]
     offset = first - start * page_size
@@ -127,11 +126,16 @@ def _cache_slots(
     return slots.flatten()[offset : offset + end - first]
 
 
+def _read(cache: Tensor, slots: slice | Tensor) -> Tensor:
+    # index_select gathers three times faster than indexing does.
+    return cache[slots] if isinstance(slots, slice) else cache.index_select(0, slots)
+
+
 def _attend(q_NHK: Tensor, k_SGK: Tensor, v_SGK: Tensor, mask_NS: Tensor | None) -> Tensor:  # noqa: N803
     """Attention of one run's rows over S keys; the query heads of one key head are packed with the rows."""
     rows, heads, width = q_NHK.shape
     groups = k_SGK.shape[1]
-    packed = q_NHK.unflatten(1, (groups, heads // groups)).permute(1, 2, 0, 3).flatten(1, 2)
+    packed = q_NHK.view(rows, groups, heads // groups, width).permute(1, 2, 0, 3).flatten(1, 2)
     bias = None if mask_NS is None else mask_NS.repeat(heads // groups, 1)
     out = F.scaled_dot_product_attention(
         packed[None], k_SGK.transpose(0, 1)[None], v_SGK.transpose(0, 1)[None], attn_mask=bias
@@ -139,4 +143,4 @@ def _attend(q_NHK: Tensor, k_SGK: Tensor, v_SGK: Tensor, mask_NS: Tensor | None)
     if mask_NS is not None:
         # A row that sees nothing gives zeros, not the NaN of an empty softmax.
         out = out.masked_fill(~mask_NS.any(dim=1).repeat(heads // groups)[:, None], 0.0)
-    return out.unflatten(1, (heads // groups, rows)).permute(2, 0, 1, 3).reshape(rows, heads, width)
+    return out.view(groups, heads // groups, rows, width).permute(2, 0, 1, 3).reshape(rows, heads, width)

@@ -101,7 +101,12 @@ class Engine:
         return Sequence(self.pool, blocks, max_length)
 
     def plan(self, runs: Iterable[SequenceRun]) -> BatchPlan:
-        """Make the plan of one pass; plans must run in the order in which they were made."""
+        """Make the plan of one pass; plans must run in the order in which they were made.
+
+        A pass applies all cache edits before it writes any row. So one pass may hold several runs of a sequence only
+        when each simply appends to the one before; a rollback, an accept or a fork that builds on rows appended since
+        the last plan needs a plan of its own in between.
+        """
         return BatchPlan(tuple(runs), self.pool.take_edits())
 
     def run(self, plan: BatchPlan, states: Tensor) -> Tensor:

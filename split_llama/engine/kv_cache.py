@@ -52,5 +52,5 @@ class KVCache:
             case CopyPage(source, target, slots):
                 cache[:, target, :slots] = cache[:, source, :slots]
             case MoveSlots(sources, targets):
-                slots = cache.flatten(1, 2)
-                slots[:, list(targets)] = slots[:, list(sources)]
+                flat = cache.flatten(1, 2)
+                flat[:, list(targets)] = flat[:, list(sources)]

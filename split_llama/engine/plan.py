@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from split_llama.config import BlockRange
 from split_llama.engine.pages import CacheEdit
@@ -74,7 +75,7 @@ class BatchPlan:
         """Cut the pass where a run joins or leaves, so that runs of different block ranges share the blocks between."""
         cuts = sorted({bound for run in self.runs for bound in (run.blocks.start, run.blocks.stop)})
         stages = []
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             span = BlockRange(start, stop)
             runs = tuple(i for i, run in enumerate(self.runs) if run.blocks.contains(span))
             if runs:

@@ -30,7 +30,7 @@ def check_tree(tree: tuple[int, ...]) -> None:
         parent = others.bit_length() - 1
         if not bits >> node & 1 or parent >= node or (node > 0 and (parent < 0 or others != tree[parent])):
             raise BadRequest(
-                f"draft node {node} has ancestor bits {bits:#x}: they must be its own bit and the bits of one earlier node"
+                f"draft node {node} has ancestor bits {bits:#x}; they must be its own and those of one earlier node"
             )
 
 
