@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 import torch
 from tiny_models import TinyModel, write_model
 
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_torch_thread() -> None:
-    """Tiny tensors gain nothing from threads, and on a busy machine waiting for each other costs thirty times the work."""
+    """Tiny tensors gain nothing from threads, and on a busy machine their waiting costs thirty times the work."""
     torch.set_num_threads(1)
 
 
@@ -44,3 +46,18 @@ def tiny_checkpoint(tmp_path: Path) -> TinyCheckpoint:
         return folder
 
     return write
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Fail a run of the whole suite that collects fewer tests than pyproject.toml says there are."""
+    config = session.config
+    narrowed = config.option.keyword or config.option.markexpr not in ("", "not slow") or config.option.deselect
+    if narrowed or config.args_source is not pytest.Config.ArgsSource.TESTPATHS or config.option.lf:
+        return
+    pyproject = tomllib.loads((config.rootpath / "pyproject.toml").read_text(encoding="utf-8"))
+    expected = pyproject["tool"]["fl-llama"]["collects-at-least"]
+    if len(session.items) < expected:
+        raise pytest.UsageError(
+            f"{len(session.items)} tests were collected, at least {expected} were expected. Find what is no longer "
+            "collected; if tests went on purpose, lower collects-at-least in pyproject.toml"
+        )

@@ -1,1 +1,9 @@
-"""One Transport protocol; WebSocket, HTTP and in-process versions."""
+"""One Transport protocol; WebSocket, HTTP and in-process versions.
+
+base        Channel and Transport, ChannelClosed, the bounded pipe that channels are made of
+address     what a user types after --server, and the URLs made from it
+failures    what can go wrong with a link, as our exceptions
+websocket   one connection, frames both ways: the normal case
+http        the same frames by POST, where WebSocket is blocked
+inprocess   two channels back to back: tests, and both parties in one process
+"""

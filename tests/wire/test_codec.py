@@ -80,14 +80,7 @@ def test_rows_are_self_contained_and_encoding_is_deterministic(codec: Codec, row
 @ALL
 def test_what_was_decoded_encodes_to_the_same_bytes(codec: Codec) -> None:
     rows = ordinary(3, 200)
-    encoded = encode_rows(codec, rows)
-    again = encode_rows(codec, round_trip(codec, rows))
-    if codec is Codec.INT8:  # its largest value need not sit at level 127: the values, not the bytes, stay close
-        out = np.empty_like(rows)
-        decode_rows(codec, again, out)
-        assert np.abs(out - rows).max() < np.abs(rows).max() / 127 * 1.01
-    else:
-        assert again == encoded
+    assert encode_rows(codec, round_trip(codec, rows)) == encode_rows(codec, rows)
 
 
 def test_int8_rows_are_values_then_scales() -> None:
@@ -122,18 +115,20 @@ def test_non_finite_states_are_refused_before_sending(codec: Codec, bad: float) 
 
 
 @pytest.mark.parametrize(
-    ("codec", "dtype"), [(Codec.FP32, "<f4"), (Codec.FP16, "<f2"), (Codec.BF16, "<u2"), (Codec.INT8, "<f2")]
+    ("codec", "tail"),
+    [
+        (codec, bits.to_bytes(size, "little"))
+        for codec, size, patterns in [
+            (Codec.FP32, 4, (0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001)),
+            (Codec.BF16, 2, (0x7F80, 0xFF80, 0x7FC0, 0x7F81)),
+            (Codec.FP16, 2, (0x7C00, 0xFC00, 0x7E00, 0x7C01)),
+            (Codec.INT8, 2, (0x7C00, 0xFC00, 0x7E00, 0x7C01)),
+        ]
+        for bits in patterns
+    ],
 )
-@pytest.mark.parametrize("bits", [0x7F80, 0xFF80, 0x7FC0, 0x7C00, 0xFC00, 0x7E00])
-def test_non_finite_payloads_are_refused(codec: Codec, dtype: str, bits: int) -> None:
-    value = np.array([bits], "<u2")
-    value = np.array([bits << 16], "<u4") if codec is Codec.FP32 else value
-    if codec in (Codec.FP32, Codec.BF16) and bits in (0x7C00, 0xFC00, 0x7E00):
-        pytest.skip("a number in this format")
-    if codec in (Codec.FP16, Codec.INT8) and bits not in (0x7C00, 0xFC00, 0x7E00):
-        bits = 0x7C01
-    payload = bytearray(encode_rows(codec, ordinary(2, 64)))
-    payload[-value.nbytes :] = value.tobytes()
+def test_non_finite_payloads_are_refused(codec: Codec, tail: bytes) -> None:
+    payload = encode_rows(codec, ordinary(2, 64))[: -len(tail)] + tail
     with pytest.raises(NonFiniteStates, match="row 1 of 2"):
         decode_rows(codec, payload, np.empty((2, 64), np.float32))
 

@@ -54,7 +54,7 @@ def test_payloads_come_back_as_they_went(payload: Hello) -> None:
     assert b"null" not in payload.to_bytes()
 
 
-@pytest.mark.parametrize("model", sorted({type(payload) for payload in PAYLOADS}, key=lambda model: model.__name__))
+@pytest.mark.parametrize("model", [Hello, HelloReply, Open, Grant, Fork, ErrorPayload, Moved])
 @given(payload=st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
 def test_any_payload_parses_or_is_refused(model: type[Hello], payload: bytes) -> None:
     with pytest.raises(BadRequest, match=model.__name__):
@@ -96,7 +96,7 @@ def test_a_newer_server_may_add_fields() -> None:
 
 def test_payloads_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        OPEN.adapter = "other"  # type: ignore[misc]
+        OPEN.adapter = "other"
 
 
 @pytest.mark.parametrize("cls", list(all_errors()), ids=lambda cls: cls.__name__)

@@ -1,0 +1,1 @@
+"""Measurements. They print and record figures and assert nothing; `results/` keeps their JSON."""

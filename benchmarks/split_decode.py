@@ -1,0 +1,129 @@
+"""Decode speed: the split over loopback with 1, 4 and 16 sessions against transformers' `generate`, in one run.
+
+    python -m benchmarks.split_decode [--threads 1 --tokens 64 --prompt 16 --rounds 3 --codec fp16 --noise 0]
+
+Server and edge are two processes with `--threads` CPU threads each; transformers runs the whole model alone with as
+many. The rounds alternate, so that a machine whose speed drifts hurts all alike. Random weights, float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.common import MODEL_134M, record, running_server, spread, write_random_model
+from edge_client.runtime import EdgeRuntime
+from edge_client.settings import EdgeSettings
+
+SESSIONS = (1, 4, 16)
+
+
+def prompt_ids(length: int, seed: int) -> list[int]:
+    """Random token ids that begin with BOS."""
+    generator = torch.Generator().manual_seed(seed)
+    return [1, *torch.randint(3, 32000, (length - 1,), generator=generator).tolist()]
+
+
+class Whole:
+    """The whole model in transformers."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def tokens_per_second(self, prompt: int, tokens: int) -> float:
+        """Greedy decoding of one sequence, prompt included in the time as for the split."""
+        ids = torch.tensor([prompt_ids(prompt, 0)])
+        begin = time.perf_counter()
+        self._model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        return tokens / (time.perf_counter() - begin)
+
+
+async def one_answer(edge: EdgeRuntime, prompt: int, tokens: int, seed: int) -> list[float]:
+    """Generate one answer; give its inter-token latencies in ms."""
+    ids = prompt_ids(prompt, seed)
+    async with edge.open() as session:
+        turn = edge.turn(ids, edge.params(max_new_tokens=tokens, ignore_eos=True, temperature=0.0))
+        async for _ in session.generate(ids, turn):
+            pass
+        return session.stats.itl_ms
+
+
+async def split_rate(edge: EdgeRuntime, sessions: int, prompt: int, tokens: int) -> tuple[float, list[float]]:
+    """Run `sessions` answers at once; give tokens per second in total, and all latencies."""
+    begin = time.perf_counter()
+    latencies = await asyncio.gather(*(one_answer(edge, prompt, tokens, seed) for seed in range(sessions)))
+    return sessions * tokens / (time.perf_counter() - begin), [ms for one in latencies for ms in one]
+
+
+def server_overhead(url: str) -> dict[str, Any]:
+    """Read the histogram of server time outside the model per step: upper bounds of the p50 and p99 buckets."""
+    buckets: list[tuple[float, float]] = []
+    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text):
+        if family.name == "fl_llama_server_overhead_seconds":
+            buckets = [(float(s.labels["le"]), s.value) for s in family.samples if s.name.endswith("_bucket")]
+    total = buckets[-1][1]
+    return {
+        f"p{share}_below_s": next(bound for bound, count in buckets if count >= total * share / 100)
+        for share in (50, 99)
+    } | {"steps": total}
+
+
+async def measure(folder: Path, url: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Alternate transformers and the split for `rounds` rounds."""
+    whole = Whole(folder)
+    settings = EdgeSettings(
+        server=url, model=str(folder), noise=options.noise, codec=options.codec, threads=options.threads
+    )
+    rates: dict[str, list[float]] = {name: [] for name in ("transformers", *(f"split_{n}" for n in SESSIONS))}
+    latencies: dict[str, dict[str, float]] = {}
+    async with EdgeRuntime.connect(settings, max_sessions=max(SESSIONS)) as edge:
+        torch.set_num_threads(options.threads)
+        await split_rate(edge, 2, options.prompt, 8)
+        whole.tokens_per_second(options.prompt, 8)
+        for _ in range(options.rounds):
+            gc.collect()
+            rates["transformers"].append(whole.tokens_per_second(options.prompt, options.tokens))
+            for sessions in SESSIONS:
+                rate, itl = await split_rate(edge, sessions, options.prompt, options.tokens)
+                rates[f"split_{sessions}"].append(rate)
+                latencies[f"split_{sessions}"] = spread(itl)
+            print({name: round(values[-1], 1) for name, values in rates.items()}, flush=True)
+    overhead = await asyncio.to_thread(server_overhead, url)
+    return {
+        "tokens_per_second": {name: spread(values) for name, values in rates.items()},
+        "inter_token_ms_last_round": latencies,
+        "server_outside_model": overhead,
+    }
+
+
+def main() -> None:
+    """Run and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--codec", default="fp16")
+    parser.add_argument("--noise", default="0")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = write_random_model(Path(temporary) / "model", MODEL_134M)
+        with running_server(folder, "--threads", str(options.threads), "--dtype", "float32") as url:
+            figures = asyncio.run(measure(folder, url, options))
+    record("split_decode", {"options": vars(options)} | figures)
+
+
+if __name__ == "__main__":
+    main()

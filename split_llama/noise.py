@@ -1,0 +1,247 @@
+"""Clip, calibrate, add: the noise on hidden states, one code path for inference and training.
+
+Noise is obfuscation: it raises an attacker's cost, and `docs/privacy.md` measures by how much. It is a pseudorandom
+function of the edge's secret, what produced the states (model, adapter, block range, noise setting) and the token
+prefix. So the same prefix gives the same noise in every session and after every restart, and nobody can average it
+away; a rejected draft has other noise because its prefix differs.
+
+The setting is part of the function because two releases of one row with the same unit noise at two strengths (or with
+two clip norms) are two equations that give the row exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from split_llama.config import BlockRange
+from split_llama.errors import UsageError
+
+SECRET_BYTES = 32
+MEAN_ABS = "mean-abs="
+DEFAULT_CLIP_QUANTILE = 0.99
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseSpec:
+    """Strength of the noise: `sigma`, the standard deviation per coordinate, and `clip`, the largest norm of a row.
+
+    `sigma` 0 is off, and then nothing is clipped either. Raises `UsageError` on negative or non-finite values.
+    """
+
+    sigma: float
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.sigma) and self.sigma >= 0):
+            raise UsageError(f"noise must be a finite number of at least 0, {self.sigma} came")
+        if self.clip is not None and not (math.isfinite(self.clip) and self.clip > 0):
+            raise UsageError(f"the clip norm must be a finite number above 0, {self.clip} came")
+        if not self.is_on and self.clip is not None:
+            raise UsageError("noise 0 switches clipping off too: give no clip norm with it")
+
+    @classmethod
+    def parse(cls, text: str) -> NoiseSpec:
+        """Read `--noise`: `0.02` is sigma; `mean-abs=0.02` is the mean absolute value, as arXiv 2505.15683 states it.
+
+        A Gaussian's mean absolute value is `sigma * sqrt(2 / pi)`. Raises `UsageError`.
+        """
+        number = text.strip().removeprefix(MEAN_ABS)
+        try:
+            value = float(number)
+        except ValueError:
+            raise UsageError(f"cannot read noise {text!r}: expected a number such as 0.02, or mean-abs=0.02") from None
+        return cls(value * math.sqrt(math.pi / 2) if number != text.strip() else value)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether rows are changed at all."""
+        return self.sigma > 0
+
+    def with_clip(self, limit: float) -> NoiseSpec:
+        """Give this setting with a clip norm; unchanged when the noise is off."""
+        return replace(self, clip=limit) if self.is_on else self
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseScope:
+    """What noise belongs to besides the tokens: everything that decides the states a prefix gives, and the setting.
+
+    `model` and `adapter` are digests of the weights the edge runs (an adapter's name would not do: other weights under
+    the same name with the same noise would show their difference bare). `adapter` is empty without one.
+    """
+
+    model: str
+    adapter: str
+    blocks: BlockRange
+    width: int
+    spec: NoiseSpec
+
+    def encode(self) -> bytes:
+        """Give one unambiguous byte string for the scope."""
+        blocks = [self.blocks.start, self.blocks.stop]
+        fields = [self.model, self.adapter, blocks, self.width, self.spec.sigma, self.spec.clip]
+        return json.dumps(fields, separators=(",", ":")).encode()
+
+
+class PrefixNoise:
+    """Unit Gaussian noise by token prefix: a SHA-256 chain over the tokens, then SHAKE-256 and Box-Muller per row.
+
+    The chain starts at HMAC-SHA256(secret, scope), so without the secret no link of it can be computed.
+    """
+
+    def __init__(self, secret: bytes, scope: NoiseScope) -> None:
+        if len(secret) != SECRET_BYTES:
+            raise UsageError(f"the edge secret must have {SECRET_BYTES} bytes, {len(secret)} came")
+        self.width = scope.width
+        self.root = hmac.digest(secret, scope.encode(), "sha256")
+
+    def extend(self, digest: bytes, token: int) -> bytes:
+        """Give the chain digest of a prefix with one more token."""
+        return hashlib.sha256(digest + token.to_bytes(4, "little")).digest()
+
+    def extend_tree(self, digest: bytes, tokens: Sequence[int], tree: Sequence[int]) -> list[bytes]:
+        """Give the digests of a draft tree's nodes behind a prefix; `tree` holds ancestor bits as in a step."""
+        digests: list[bytes] = []
+        for node, (token, bits) in enumerate(zip(tokens, tree, strict=True)):
+            parent = (bits ^ 1 << node).bit_length() - 1
+            digests.append(self.extend(digest if parent < 0 else digests[parent], token))
+        return digests
+
+    def unit_rows(self, digests: Sequence[bytes]) -> Floats:
+        """Give standard normal noise `[len(digests), width]` float32, row by row a function of its digest."""
+        pairs = -(-self.width // 2)
+        stream = b"".join(hashlib.shake_256(digest).digest(pairs * 16) for digest in digests)
+        words = np.frombuffer(stream, "<u8").reshape(len(digests), 2, pairs)
+        uniform = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        # Box-Muller; 1 - u lies in (0, 1], where the logarithm is finite.
+        radius = np.sqrt(-2 * np.log1p(-uniform[:, 0]))
+        angle = 2 * np.pi * uniform[:, 1]
+        normal = np.concatenate((radius * np.cos(angle), radius * np.sin(angle)), axis=1)
+        return normal[:, : self.width].astype(np.float32)
+
+    def rows(self, tokens: Sequence[int], first: int) -> Floats:
+        """Give the unit noise of positions `first`.. of a whole token sequence."""
+        chain = NoiseChain(self)
+        chain.append(tokens)
+        return chain.rows(first)
+
+
+class NoiseChain:
+    """The chain of one session: a digest per position, so that it advances token by token, rolls back and forks."""
+
+    def __init__(self, noise: PrefixNoise) -> None:
+        self._noise = noise
+        self._digests: list[bytes] = []
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    @property
+    def tip(self) -> bytes:
+        """The digest of the whole prefix."""
+        return self._digests[-1] if self._digests else self._noise.root
+
+    def append(self, tokens: Iterable[int]) -> None:
+        """Advance by `tokens`."""
+        for token in tokens:
+            self._digests.append(self._noise.extend(self.tip, token))
+
+    def truncate(self, length: int) -> None:
+        """Roll back to `length` tokens."""
+        assert 0 <= length <= len(self._digests), f"length {length} of {len(self._digests)}"
+        del self._digests[length:]
+
+    def fork(self, at: int) -> NoiseChain:
+        """Give a chain of its own for the first `at` tokens."""
+        assert 0 <= at <= len(self._digests), f"fork at {at} of {len(self._digests)}"
+        chain = NoiseChain(self._noise)
+        chain._digests = self._digests[:at]
+        return chain
+
+    def digests(self, first: int, stop: int | None = None) -> list[bytes]:
+        """Give the digests of positions `[first, stop)`, as the accountant counts them."""
+        return self._digests[first:stop]
+
+    def rows(self, first: int, stop: int | None = None) -> Floats:
+        """Give the unit noise `[n, width]` of positions `[first, stop)`."""
+        return self._noise.unit_rows(self.digests(first, stop))
+
+
+class Accountant:
+    """Counts the distinct rows released under one edge secret, rejected drafts included.
+
+    A row sent again (a replay, a shared prefix) is the same release. A digest binds partition, adapter and setting, so
+    changing one of them in mid-chat makes every row a second release.
+    """
+
+    def __init__(self) -> None:
+        self._released: set[bytes] = set()
+
+    @property
+    def rows(self) -> int:
+        """Distinct rows released so far."""
+        return len(self._released)
+
+    def charge(self, digests: Iterable[bytes]) -> int:
+        """Count rows about to be sent, exact ones left out by the caller; gives how many of them are new."""
+        before = len(self._released)
+        self._released.update(digests)
+        return len(self._released) - before
+
+
+def count_exact_rows(tokens: Sequence[int], first: int, bos_token_id: int | None) -> int:
+    """Give how many leading rows of a step are constant, hence public: 1 for BOS at position 0, else 0.
+
+    `tokens` are those of the step, `first` the position of the first one.
+    Such a row is the same for every text. In LLaMA-2 it also carries activations some 10^4 times larger than others,
+    which clipping would destroy.
+    """
+    return int(first == 0 and len(tokens) > 0 and tokens[0] == bos_token_id)
+
+
+def calibrate_clip(norms: npt.ArrayLike, quantile: float = DEFAULT_CLIP_QUANTILE) -> float:
+    """Give the clip norm: the `quantile` of `norms`, rounded up to one of them.
+
+    The norms must be those of public vectors (states of the vocabulary or of a public text), never of the user's: a
+    norm chosen from the user's text would itself tell something about it. Raises `UsageError` when they are unusable.
+    """
+    values = np.asarray(norms, dtype=np.float64).ravel()
+    if values.size == 0 or not np.isfinite(values).all() or (values <= 0).any():
+        raise UsageError("calibrating the clip norm needs finite norms above 0 of some public states")
+    if not 0 < quantile <= 1:
+        raise UsageError(f"the clip quantile must lie in (0, 1], {quantile} came")
+    return float(np.quantile(values, quantile, method="higher"))
+
+
+def clip_rows(states: torch.Tensor, limit: float) -> torch.Tensor:
+    """Scale each row of `states` `[n, d]` whose norm exceeds `limit` down to it; gradients pass."""
+    norms: torch.Tensor = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
+    return states * (limit / norms.clamp_min(limit))
+
+
+def apply(
+    spec: NoiseSpec, states: torch.Tensor, unit_noise: Floats | torch.Tensor, exact_rows: int = 0
+) -> torch.Tensor:
+    """Give `states` `[n, d]` clipped and noised as float32 `[n, d]`; the first `exact_rows` rows stay as they are.
+
+    `unit_noise` `[n, d]` has a row for the exact ones too (it is not used). Gradients pass through to `states`.
+    """
+    states = states.float()
+    if not spec.is_on:
+        return states
+    free = states[exact_rows:]
+    if spec.clip is not None:
+        free = clip_rows(free, spec.clip)
+    noise = torch.as_tensor(unit_noise)[exact_rows:].to(free)
+    return torch.cat((states[:exact_rows], free + spec.sigma * noise))
