@@ -85,7 +85,7 @@ def free_port() -> int:
 def running_server(model: Path | str, *flags: str, ready_seconds: float = 120.0) -> Iterator[str]:
     """Run `split-server MODEL` in a process of its own on a free loopback port; give its URL."""
     port = free_port()
-    command = [sys.executable, "-m", "serving", str(model), "--port", str(port), "--log-level", "warning", *flags]
+    command = [sys.executable, "-m", "serving.cli", str(model), "--port", str(port), "--log-level", "warning", *flags]
     process = subprocess.Popen(command)
     url = f"http://127.0.0.1:{port}"
     try:

@@ -18,7 +18,7 @@ import torch
 from split_llama.config import BlockRange, ModelConfig
 from split_llama.errors import CheckpointError
 from split_llama.generation_config import GenerationDefaults
-from split_llama.json_file import read_json
+from split_llama.json_file import brief, read_json
 from split_llama.safetensors_file import TensorInfo, read_header
 
 CONFIG_FILE = "config.json"
@@ -27,6 +27,8 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # What a party needs beside the weights, as far as the checkpoint has it.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+MAX_BLOCKS = 4096
 
 _TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -52,11 +54,7 @@ class Checkpoint:
         """
         folder = Path(path)
         check_folder(folder)
-        raw = read_json(folder / CONFIG_FILE)
-        try:
-            config = ModelConfig.from_hf(raw)
-        except (TypeError, ValueError, OverflowError, AttributeError) as error:
-            raise CheckpointError(f"{folder / CONFIG_FILE}: a field has a value of the wrong type ({error})") from error
+        raw, config = read_config(folder)
         return cls(folder, raw, config, _read_headers(folder))
 
     @property
@@ -74,7 +72,10 @@ class Checkpoint:
         return self.tensors[name]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor in its stored dtype and shape, on the CPU, memory-mapped; writing to it never reaches the file."""
+        """The tensor in its stored dtype and shape, on the CPU, memory-mapped; writing to it never reaches the file.
+
+        A mapping holds a file descriptor while the tensor lives: copy what is to be kept.
+        """
         info = self.info(name)
         info.check_dtype(name)
         dtype = _TORCH_DTYPES[info.dtype]
@@ -111,6 +112,20 @@ class Checkpoint:
         """Stop tokens and sampling defaults; raises `CheckpointError` if they are malformed."""
         file = self.path / GENERATION_FILE
         return GenerationDefaults.from_hf(read_json(file) if file.exists() else {}, self.raw_config)
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
+    """Read config.json: as it is, and understood. Raises `CheckpointError`, `UnsupportedModel`."""
+    raw = read_json(folder / CONFIG_FILE)
+    blocks = raw.get("num_hidden_layers")
+    if isinstance(blocks, int) and blocks > MAX_BLOCKS:  # some fields become one entry per block
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: num_hidden_layers is {brief(blocks)}; at most {MAX_BLOCKS} blocks are supported"
+        )
+    try:
+        return raw, ModelConfig.from_hf(raw)
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE}: a field has a value of the wrong type ({error})") from error
 
 
 def holds_blocks(blocks: BlockRange) -> Callable[[str], bool]:

@@ -1,0 +1,144 @@
+"""What the commands of `edge-client` do once their settings are known."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from edge_client.chat_template import load_template, render
+from edge_client.generate import GenerationStats
+from edge_client.runtime import EdgeRuntime
+from edge_client.settings import EdgeSettings
+from edge_client.turn import Turn
+from edge_client.weights import Progress
+from split_llama.errors import UsageError
+from split_llama.noise import NoiseSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to generate and how to show it."""
+
+    prompt: str
+    chat: bool = False
+    system: str | None = None
+    as_json: bool = False
+    quiet: bool = False
+
+
+def generate(settings: EdgeSettings, request: Request) -> int:
+    """Generate one answer; give the exit code. Ctrl-C cancels, closes the session, and raises `KeyboardInterrupt`."""
+    if request.system is not None and not request.chat:
+        raise UsageError("--system needs --chat")
+    prompt = _read_stdin() if request.prompt == "-" else request.prompt
+    asyncio.run(_generate(settings, request, prompt))
+    return 0
+
+
+async def _generate(settings: EdgeSettings, request: Request, prompt: str) -> None:
+    notify = _notifier(request.quiet)
+    with _progress_bar(request.quiet) as progress:
+        async with EdgeRuntime.connect(settings, progress=progress, notify=notify) as edge:
+            notify(_describe_noise(settings, edge.noise))
+            ids = _tokenise(edge, request, prompt)
+            params = edge.params(
+                max_new_tokens=settings.max_new_tokens,
+                stop=settings.stop,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                top_k=settings.top_k,
+                min_p=settings.min_p,
+                repetition_penalty=settings.repetition_penalty,
+                seed=settings.seed,
+            )
+            turn = edge.turn(ids, params)
+            text = []
+            async with edge.open() as session:
+                async for event in session.generate(ids, turn):
+                    text.append(event.text)
+                    if event.text and not request.as_json:
+                        sys.stdout.write(event.text)
+                        sys.stdout.flush()
+            if request.as_json:
+                sys.stdout.write(_report("".join(text), turn, session.stats, settings, edge.noise) + "\n")
+            else:
+                sys.stdout.write("\n")
+                notify(_summary(turn, session.stats))
+
+
+def _tokenise(edge: EdgeRuntime, request: Request, prompt: str) -> list[int]:
+    if not request.chat:
+        return edge.tokenizer.encode(prompt)
+    messages = [{"role": "system", "content": request.system}] if request.system is not None else []
+    messages.append({"role": "user", "content": prompt})
+    text = render(load_template(edge.source.folder), messages, edge.tokenizer.special_tokens)
+    return edge.tokenizer.encode(text, special_tokens=False)
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the prompt on stdin is no text in {sys.stdin.encoding}: {error}") from error
+
+
+def _notifier(quiet: bool) -> Callable[[str], None]:
+    def notify(line: str) -> None:
+        if not quiet:
+            sys.stderr.write(line + "\n")
+
+    return notify
+
+
+@contextmanager
+def _progress_bar(quiet: bool) -> Iterator[Progress]:
+    with tqdm(unit="B", unit_scale=True, desc="fetching weights", delay=0.3, leave=False, disable=quiet or None) as bar:
+
+        def progress(present: int, total: int) -> None:
+            bar.total = total
+            bar.update(present - bar.n)
+
+        yield progress
+
+
+def _describe_noise(settings: EdgeSettings, spec: NoiseSpec) -> str:
+    if not spec.is_on:
+        return "noise: off, rows are sent as they are"
+    return (
+        f"noise: standard deviation {spec.sigma:.4g} on every value ({settings.noise}), rows clipped to norm "
+        f"{spec.clip:.4g}; this raises an attacker's cost and is no proof of privacy (docs/privacy.md)"
+    )
+
+
+def _summary(turn: Turn, stats: GenerationStats) -> str:
+    count = len(turn.tokens)
+    speed = f"{1000 * len(stats.itl_ms) / sum(stats.itl_ms):.1f} tokens/s, " if stats.itl_ms else ""
+    return (
+        f"{stats.prompt_tokens} + {count} tokens, {speed}first after {stats.ttft_ms:.0f} ms, "
+        f"{stats.bytes_up:,} bytes up, {stats.bytes_down:,} down, {stats.round_trips} round trips"
+    )
+
+
+def _report(text: str, turn: Turn, stats: GenerationStats, settings: EdgeSettings, spec: NoiseSpec) -> str:
+    report = {
+        "text": text,
+        "token_ids": turn.tokens,
+        "prompt_tokens": stats.prompt_tokens,
+        "completion_tokens": len(turn.tokens),
+        "finish_reason": turn.finish_reason,
+        "ttft_ms": round(stats.ttft_ms, 3),
+        "itl_ms": [round(value, 3) for value in stats.itl_ms],
+        "total_ms": round(stats.total_ms, 3),
+        "bytes_up": stats.bytes_up,
+        "bytes_down": stats.bytes_down,
+        "round_trips": stats.round_trips,
+        "partition": settings.partition,
+        "noise_sigma": spec.sigma,
+    }
+    return json.dumps(report, ensure_ascii=False)

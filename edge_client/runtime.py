@@ -1,0 +1,196 @@
+"""The edge as a Python object: many concurrent sessions over one connection, their A and C batched in one thread.
+
+    settings = EdgeSettings(server="http://127.0.0.1:8700", noise="0")
+    async with EdgeRuntime.connect(settings, max_sessions=32) as edge:
+        ids = edge.tokenizer.encode("Once upon a time")
+        async with edge.open() as session:
+            turn = edge.turn(ids, edge.params(max_new_tokens=64))
+            async for event in session.generate(ids, turn):
+                print(event.text, end="")
+        print(session.stats)
+
+Importing this module imports torch, which takes a second or two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import torch
+
+from edge_client.edge_model import EdgeModel, Placement
+from edge_client.generate import EdgeSession
+from edge_client.link import ServerLink
+from edge_client.model_source import ModelSource, find_model, read_geometry
+from edge_client.rest import RestClient
+from edge_client.sampling import SamplingParams
+from edge_client.settings import EdgeSettings
+from edge_client.state_files import StateFolder, cache_errors, write_atomically
+from edge_client.tokenizer import EdgeTokenizer
+from edge_client.threads import in_thread
+from edge_client.turn import GenerationParams, Turn
+from edge_client.weights import Progress
+from edge_client.worker import EdgeWorker
+from split_llama.checkpoint import Checkpoint
+from split_llama.errors import ContextExceeded, UsageError
+from split_llama.load import parse_device, parse_dtype
+from split_llama.noise import NoiseScope, NoiseSpec, PrefixNoise, calibrate_clip
+from split_llama.transport.base import Transport
+from split_llama.transport.http import HttpTransport
+from split_llama.transport.websocket import WebSocketTransport
+from split_llama.wire.codec import Codec
+from split_llama.wire.control import Open
+
+
+class EdgeRuntime:
+    """A connected edge. Made by `connect`; lives in one event loop."""
+
+    def __init__(self, source: ModelSource, model: EdgeModel, spec: NoiseSpec, link: ServerLink) -> None:
+        self.source = source
+        self.noise = spec
+        self.tokenizer = EdgeTokenizer.open(source.folder)
+        self.max_length = min(source.card.max_model_len, model.config.max_position_embeddings)
+        self.defaults = model.defaults
+        self._model = model
+        self._link = link
+        self._worker = EdgeWorker(model)
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def connect(
+        cls,
+        settings: EdgeSettings,
+        *,
+        max_sessions: int = 1,
+        source: ModelSource | None = None,
+        progress: Progress | None = None,
+        notify: Callable[[str], None] = lambda line: None,
+    ) -> AsyncIterator[EdgeRuntime]:
+        """Find the weights (unless `source` is given), load them, connect, and clean everything up at the end.
+
+        `max_sessions` bounds the sessions open at once: the edge keeps KV pages for as many. Raises `FlLlamaError`.
+        """
+        found = source or await in_thread(lambda: prepare(settings, progress=progress, notify=notify))
+        async with ServerLink(_transports(settings), reconnect_seconds=settings.reconnect_seconds) as link:
+            model, spec = await in_thread(lambda: _load(settings, found, max_sessions))
+            runtime = cls(found, model, spec, link)
+            try:
+                yield runtime
+            finally:
+                await runtime._worker.close()
+
+    @contextlib.asynccontextmanager
+    async def open(self) -> AsyncIterator[EdgeSession]:
+        """Open a session; it is closed on the server when the block ends, however it ends."""
+        source = self.source
+        opening = Open(
+            session="0" * 32,
+            secret="0" * 64,
+            blocks=(source.server_blocks.start, source.server_blocks.stop),
+            geometry=source.card.geometry,
+            weights=source.offer.manifest.digest,
+            tokenizer=source.offer.manifest.tokenizer_digest,
+        )
+        remote = self._link.open(opening)
+        local = self._model.open(self.max_length)
+        session = EdgeSession(local, remote, self._worker, all_rows=source.partition.q > 0)
+        try:
+            yield session
+        finally:
+            self._worker.call(lambda: self._model.free(local))
+            await self._link.close(remote)
+
+    def params(
+        self, *, max_new_tokens: int = 256, stop: Sequence[str] = (), ignore_eos: bool = False, **sampling: Any
+    ) -> GenerationParams:
+        """Fill in the checkpoint's defaults. `sampling` takes the fields of `SamplingParams`; None is a default too."""
+        return GenerationParams(
+            max_new_tokens=max_new_tokens,
+            sampling=SamplingParams.resolve(self.defaults, **sampling),
+            stop=tuple(stop),
+            eos_token_ids=() if ignore_eos else self.defaults.eos_token_ids,
+        )
+
+    def turn(self, prompt_ids: Sequence[int], params: GenerationParams) -> Turn:
+        """Start an answer. Raises `ContextExceeded` for a prompt without room for one token, `UsageError` for none."""
+        if not prompt_ids:
+            raise UsageError("the prompt is empty, and this model has no BOS token to begin with; give some text")
+        vocabulary = self._model.config.vocab_size
+        if not all(0 <= token < vocabulary for token in prompt_ids):
+            raise UsageError(f"the prompt has token ids outside the model's vocabulary of {vocabulary}")
+        if len(prompt_ids) >= self.max_length:
+            raise ContextExceeded(
+                f"the prompt has {len(prompt_ids)} tokens, the context holds {self.max_length}, and at least one is "
+                "needed for the answer; nothing was sent. Shorten the prompt"
+            )
+        # The last token is never fed, so the answer may be one longer than what is left.
+        room = self.max_length - len(prompt_ids) + 1
+        return Turn(params, prompt_ids, room, self.tokenizer)
+
+
+def prepare(
+    settings: EdgeSettings, *, progress: Progress | None = None, notify: Callable[[str], None] = lambda line: None
+) -> ModelSource:
+    """Do what `connect` does first: ask the server, find and check the weights. Blocking."""
+    rest = RestClient(settings.server_url(), settings.api_key, retry_seconds=settings.reconnect_seconds)
+    try:
+        return find_model(settings, rest, StateFolder(settings.states()), progress=progress, notify=notify)
+    finally:
+        rest.close()
+
+
+def _transports(settings: EdgeSettings) -> list[Transport]:
+    url, key = settings.server_url(), settings.api_key
+    every: dict[str, Transport] = {"ws": WebSocketTransport(url, key), "http": HttpTransport(url, key)}
+    return list(every.values()) if settings.transport == "auto" else [every[settings.transport]]
+
+
+def _load(settings: EdgeSettings, source: ModelSource, max_sessions: int) -> tuple[EdgeModel, NoiseSpec]:
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    device = parse_device(settings.device)
+    name = settings.dtype
+    if name == "auto":
+        name = source.card.dtype if device.type == "cuda" else "float32"
+    dtype = parse_dtype(name)
+    positions = min(source.card.max_model_len, _context(source)) * max_sessions
+    placement = Placement(dtype, device, positions, max_sessions)
+    checkpoint = Checkpoint.open(source.folder)
+    model = EdgeModel(checkpoint, source.partition, Codec.parse(settings.codec), placement)
+    if model.bos_token_id is None:
+        model.bos_token_id = EdgeTokenizer.open(source.folder).bos_token_id
+    spec = _noise(settings, source, model, name)
+    if spec.is_on:
+        scope = NoiseScope(
+            model=source.offer.manifest.digest,
+            adapter="",
+            blocks=source.server_blocks,
+            width=model.width,
+            spec=spec,
+        )
+        model.use_noise(spec, PrefixNoise(StateFolder(settings.states()).secret(), scope))
+    return model, spec
+
+
+def _context(source: ModelSource) -> int:
+    return read_geometry(source.folder).max_position_embeddings
+
+
+def _noise(settings: EdgeSettings, source: ModelSource, model: EdgeModel, dtype: str) -> NoiseSpec:
+    spec = NoiseSpec.parse(settings.noise)
+    if not spec.is_on:
+        return spec
+    if settings.clip != "auto":
+        return dataclasses.replace(spec, clip=float(settings.clip))
+    path = settings.caches() / "clip" / f"{source.offer.manifest.digest[:32]}-{dtype}"
+    if path.is_file():
+        with contextlib.suppress(ValueError):
+            return dataclasses.replace(spec, clip=float(path.read_text()))
+    clip = calibrate_clip(model.output_norms())
+    with cache_errors("remember the clip norm in"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, repr(clip).encode())
+    return dataclasses.replace(spec, clip=clip)

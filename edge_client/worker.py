@@ -1,0 +1,108 @@
+"""The one thread that computes at the edge: it joins what all sessions want done into passes over `EdgeModel`."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from edge_client.edge_model import EdgeModel, Encoded, Work, WorkResult
+
+MAX_PASS_ROWS = 1024
+
+_Job = tuple[Work, "asyncio.Future[tuple[Encoded, ...]]"]
+
+
+class EdgeWorker:
+    """Runs passes while there is work. Submit from one event loop; results come back to it."""
+
+    def __init__(self, model: EdgeModel) -> None:
+        self._model = model
+        self._jobs: deque[_Job] = deque()
+        self._calls: deque[Callable[[], Any]] = deque()
+        self._wake = threading.Condition()
+        self._stopped = False
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="edge-worker", daemon=True)
+        self._thread.start()
+
+    async def do(self, work: Work) -> tuple[Encoded, ...]:
+        """Do one piece of work; raises what went wrong with it."""
+        future: asyncio.Future[tuple[Encoded, ...]] = self._loop.create_future()
+        with self._wake:
+            assert not self._stopped, "the worker is closed"
+            self._jobs.append((work, future))
+            self._wake.notify()
+        return await future
+
+    def call(self, function: Callable[[], Any]) -> None:
+        """Run a short function in the worker's thread, before the next pass."""
+        with self._wake:
+            self._calls.append(function)
+            self._wake.notify()
+
+    async def close(self) -> None:
+        """Finish what was submitted and end the thread."""
+        with self._wake:
+            self._stopped = True
+            self._wake.notify()
+        await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._jobs or self._calls or self._stopped):
+                    self._wake.wait()
+                if self._stopped and not self._jobs and not self._calls:
+                    return
+                calls = list(self._calls)
+                self._calls.clear()
+                batch = self._take_batch()
+            for call in calls:
+                call()
+            if batch:
+                self._run_batch(batch)
+
+    def _take_batch(self) -> list[_Job]:
+        """Take jobs in order, each session once on either side, up to the row limit; the others wait."""
+        batch: list[_Job] = []
+        waiting: deque[_Job] = deque()
+        busy: set[tuple[int, str]] = set()
+        rows = 0
+        for job in self._jobs:
+            work = job[0]
+            sides = {(id(work.session), side) for side in _sides(work)}
+            size = len(work.tokens) + sum(reply.count for reply in work.replies)
+            if sides & busy or (batch and rows + size > MAX_PASS_ROWS):
+                waiting.append(job)
+            else:
+                batch.append(job)
+                rows += size
+            busy |= sides
+        self._jobs = waiting
+        return batch
+
+    def _run_batch(self, batch: list[_Job]) -> None:
+        results: list[WorkResult]
+        try:
+            results = self._model.run([work for work, _ in batch])
+        except Exception as error:
+            results = [error] * len(batch)
+        self._loop.call_soon_threadsafe(_deliver, [future for _, future in batch], results)
+
+
+def _sides(work: Work) -> tuple[str, ...]:
+    feeds = work.choose is not None or bool(work.tokens)
+    return ("c",) * bool(work.replies) + ("a",) * feeds
+
+
+def _deliver(futures: list[asyncio.Future[tuple[Encoded, ...]]], results: list[WorkResult]) -> None:
+    for future, result in zip(futures, results, strict=True):
+        if future.cancelled():
+            continue
+        if isinstance(result, Exception):
+            future.set_exception(result)
+        else:
+            future.set_result(result)

@@ -1,0 +1,40 @@
+"""`split-train`: for now the bundled demo model, trained and scored. Split fine-tuning adds its commands here."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "demo": ("training.demo.train", "train the bundled demo model from nothing"),
+    "demo-score": ("training.demo.evaluate", "score a demo model on stories it has never seen"),
+}
+
+
+def usage() -> str:
+    """Give the help text."""
+    lines = [f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(["usage: split-train COMMAND [OPTIONS]", "", *lines, "", "split-train COMMAND --help says more."])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; gives the exit status."""
+    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name not in COMMANDS:
+        print(f"split-train: no command {name!r}\n{usage()}", file=sys.stderr)
+        return 2
+    try:
+        module = importlib.import_module(COMMANDS[name][0])
+    except ModuleNotFoundError as error:
+        print(f"split-train {name} needs {error.name}: pip install 'fl-llama[train]'", file=sys.stderr)
+        return 2
+    module.main(rest)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
