@@ -1,0 +1,37 @@
+"""What OPEN asks for, checked against what is hosted."""
+
+from __future__ import annotations
+
+from serving.hosted import Hosted
+from split_llama.config import BlockRange, Partition
+from split_llama.errors import BadRequest, ModelMismatch, PartitionNotAllowed
+from split_llama.wire.control import Open
+
+
+def check_request(hosted: Hosted, request: Open) -> None:
+    """Check all that costs nothing. Raises `BadRequest`, `ModelMismatch`, `PartitionNotAllowed`."""
+    if request.adapter is not None:
+        raise BadRequest(f"adapter {request.adapter!r} asked for; this server holds no adapters")
+    if request.hops:
+        raise BadRequest("hops: this server does not forward to other servers; leave the list empty")
+    if request.geometry is not None and request.geometry != hosted.geometry:
+        raise ModelMismatch(
+            "the geometry of the edge's model (config.json) is not the server's: both must hold the same model"
+        )
+    blocks, count = BlockRange(*request.blocks), hosted.config.num_hidden_layers
+    if blocks.stop > count:
+        raise PartitionNotAllowed(f"blocks {blocks} asked for, the model has {count} blocks")
+
+
+async def check_digests(hosted: Hosted, request: Open) -> None:
+    """Check the digests that the edge gave, in a thread: hashing takes seconds. Raises `ModelMismatch`."""
+    start, stop = request.blocks
+    partition = Partition(start, hosted.config.num_hidden_layers - stop)
+    manifest = await hosted.slices.manifest(partition)
+    weights, tokenizer = manifest.digest, manifest.tokenizer_digest
+    for name, theirs, ours in (("weights", request.weights, weights), ("tokenizer", request.tokenizer, tokenizer)):
+        if theirs is not None and theirs != ours:
+            raise ModelMismatch(
+                f"the {name} digest of the edge is {theirs[:12]}..., the server's for partition {partition} is "
+                f"{ours[:12]}...: the two hold different models; fetch the slice again or check MODEL on both sides"
+            )

@@ -1,0 +1,218 @@
+"""One connection of an edge process: frames in, frames out, many sessions. Knows no socket.
+
+Frames are dispatched on the event loop; nothing is decoded or computed here. Refusals about a step or session become
+ERROR frames; only a `ConnectionRefused` leaves `receive`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import replace
+
+from serving.core import Core
+from serving.keys import Principal
+from serving.registry import Entry
+from split_llama.errors import (
+    BadFrame,
+    BadRequest,
+    ConnectionRefused,
+    FlLlamaError,
+    FrameTooLarge,
+    ModelMismatch,
+    SlowReader,
+    Unauthenticated,
+    UnknownSession,
+    UnsupportedVersion,
+)
+from split_llama.wire.control import Fork, Hello, Open, error_frame
+from split_llama.wire.frame import VERSION, Frame, Kind, encode_message, split_message
+
+OUTGOING_BYTES = 64 * 2**20
+FRAMES_PER_TURN = 64
+
+
+class Outbox:
+    """Frames waiting to be sent; above `max_bytes` the reader counts as too slow."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._frames: deque[Frame] = deque()
+        self._wake = asyncio.Event()
+        self._finishing = False
+        self.size = 0
+
+    def put(self, frame: Frame) -> None:
+        """Queue a frame. Beyond the limit it is dropped: the connection is lost anyway and will be told why."""
+        self.size += frame.size
+        if self.size <= self._max_bytes:
+            self._frames.append(frame)
+        self._wake.set()
+
+    def finish(self) -> None:
+        """Say that nothing more will come: `wait` says no once all is taken."""
+        self._finishing = True
+        self._wake.set()
+
+    async def wait(self) -> bool:
+        """Wait until there is something to send; says no when there never will be."""
+        await self._wake.wait()
+        return bool(self._frames) or not self._finishing
+
+    def take(self, max_message_bytes: int) -> bytes:
+        """Give what is queued as one message, or as much of it as fits; empty if nothing is. Raises `SlowReader`."""
+        if self.size > self._max_bytes:
+            raise SlowReader(f"{self.size} bytes of replies wait unread, {self._max_bytes} may; read while you send")
+        taken: list[Frame] = []
+        room = max_message_bytes
+        while self._frames and (self._frames[0].size <= room or not taken):
+            taken.append(self._frames.popleft())
+            room -= taken[-1].size
+        if not self._frames and not self._finishing:
+            self._wake.clear()
+        message = encode_message(taken)
+        self.size -= len(message)
+        return message
+
+
+class Connection:
+    """The server's end: handles, and what may be sent back."""
+
+    def __init__(self, core: Core, principal: Principal, *, outgoing_bytes: int = OUTGOING_BYTES) -> None:
+        self.principal = principal
+        self.outbox = Outbox(outgoing_bytes)
+        self._core = core
+        self._entries: dict[int, Entry] = {}
+        self._greeted = False
+        self._changed = asyncio.Event()
+        core.metrics.connections_opened.inc()
+
+    # Mailbox
+
+    def put(self, frame: Frame) -> None:
+        """Queue a frame for the edge."""
+        self.outbox.put(frame)
+        self._changed.set()
+
+    def unbind(self, handle: int) -> None:
+        """Forget a handle."""
+        self._entries.pop(handle, None)
+        self._changed.set()
+
+    @property
+    def is_busy(self) -> bool:
+        """Say whether answers are still to come."""
+        return any(
+            entry.session.running or entry.session.queued or not entry.verified for entry in self._entries.values()
+        )
+
+    async def wait_quiet(self) -> None:
+        """Wait until no answer is still to come."""
+        while self.is_busy:
+            self._changed.clear()
+            await self._changed.wait()
+
+    def detach(self) -> None:
+        """The link is gone: its sessions live on for the grace period."""
+        now = self._core.clock()
+        for entry in self._entries.values():
+            entry.unbind(now)
+        self._entries.clear()
+
+    async def receive(self, message: bytes) -> None:
+        """Take in one message. Raises `ConnectionRefused` for what costs the connection."""
+        self._core.metrics.bytes_in.inc(len(message))
+        self._check_key()
+        most = self._core.hosted.max_message_bytes
+        if len(message) > most:
+            raise FrameTooLarge(f"a message may have {most} bytes, {len(message)} came; send several messages")
+        limit = self._core.hosted.max_frame_bytes
+        for number, frame in enumerate(split_message(message, limit), start=1):
+            self._dispatch(frame, len(message))
+            if number % FRAMES_PER_TURN == 0:
+                # A message may hold thousands of empty frames: others must get their turn in between.
+                await asyncio.sleep(0)
+
+    def _check_key(self) -> None:
+        """A key may be revoked, or get other limits, while its connection lives."""
+        if self._core.keys.is_open:
+            return
+        current = self._core.keys.current(self.principal.owner)
+        if current is None:
+            raise Unauthenticated("the API key of this connection was revoked")
+        self.principal = current
+
+    def _dispatch(self, frame: Frame, message_bytes: int) -> None:
+        try:
+            if not self._greeted and frame.kind is not Kind.HELLO:
+                raise BadFrame(f"expected HELLO first, {frame.kind.name} came")
+            self._handle(frame, message_bytes)
+        except ConnectionRefused:
+            raise
+        except FlLlamaError as error:
+            self._core.count_refusal(error)
+            self.put(error_frame(frame.handle, frame.seq if frame.kind is Kind.STEP else 0, error))
+
+    def _handle(self, frame: Frame, message_bytes: int) -> None:
+        match frame.kind:
+            case Kind.STEP:
+                self._core.step(self._entry(frame), _own_payload(frame, message_bytes), self.principal)
+            case Kind.HELLO:
+                self._hello(Hello.from_bytes(frame.payload))
+            case Kind.OPEN | Kind.ATTACH:
+                self._open(frame)
+            case Kind.FORK:
+                self._fork(frame)
+            case Kind.CANCEL:
+                entry = self._entry(frame)
+                if (answer := entry.session.cancel(frame.seq)) is not None:
+                    entry.send(answer)
+            case Kind.CLOSE:
+                self._core.remove(self._entry(frame))
+                self.put(Frame(Kind.CLOSE, handle=frame.handle))
+            case Kind.RESYNC:
+                self._entry(frame).session.resynced(frame)
+            case _:
+                raise BadRequest(f"a {frame.kind.name} frame is not for this server to receive")
+
+    def _hello(self, hello: Hello) -> None:
+        if hello.protocol != VERSION:
+            raise UnsupportedVersion(f"this server speaks protocol version {VERSION}, the client {hello.protocol}")
+        if hello.model is not None and hello.model != self._core.hosted.name:
+            raise ModelMismatch(f"model {hello.model!r} asked for, this server hosts {self._core.hosted.name!r}")
+        self._greeted = True
+        self.put(Frame(Kind.HELLO, payload=self._core.hello().to_bytes()))
+
+    def _open(self, frame: Frame) -> None:
+        self._check_free(frame.handle)
+        request = Open.from_bytes(frame.payload)
+        take = self._core.open if frame.kind is Kind.OPEN else self._core.attach
+        self._entries[frame.handle] = take(request, self.principal, self, frame.handle)
+
+    def _fork(self, frame: Frame) -> None:
+        self._check_free(frame.handle)
+        request = Fork.from_bytes(frame.payload)
+        parent = self._entries.get(request.parent)
+        if parent is None:
+            raise UnknownSession(f"the parent's handle {request.parent} is not open on this connection")
+        self._entries[frame.handle] = self._core.fork(parent, request, self.principal, self, frame.handle)
+
+    def _check_free(self, handle: int) -> None:
+        if handle == 0 or handle in self._entries:
+            raise BadRequest(f"handle {handle} is 0 or in use: choose another number")
+
+    def _entry(self, frame: Frame) -> Entry:
+        entry = self._entries.get(frame.handle)
+        if entry is None:
+            raise UnknownSession(
+                f"handle {frame.handle} is not open on this connection (never opened, closed, or expired); "
+                "OPEN or ATTACH first"
+            )
+        return entry
+
+
+def _own_payload(frame: Frame, message_bytes: int) -> Frame:
+    """Copy a small payload out of a large message, which would stay in memory as long as the step waits."""
+    if frame.size * 2 >= message_bytes:
+        return frame
+    return replace(frame, payload=bytes(frame.payload))

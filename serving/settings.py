@@ -1,0 +1,92 @@
+"""The server's settings, one frozen object per process."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+from split_llama.errors import UsageError
+from split_llama.settings import setting
+
+SECTION = "server"
+LOG_LEVELS = ("debug", "info", "warning", "error")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
+MIN_BATCHED_TOKENS = 4
+
+
+def _positive(value: float) -> None:
+    if value <= 0:
+        raise ValueError("expected a number above 0")
+
+
+def _fraction(value: float) -> None:
+    if not 0 < value <= 1:
+        raise ValueError("expected a fraction above 0 and at most 1")
+
+
+def _port(value: int) -> None:
+    if not 0 <= value < 65536:
+        raise ValueError("expected a port between 0 and 65535 (0 takes any free one)")
+
+
+def _batched_tokens(value: int) -> None:
+    if value < MIN_BATCHED_TOKENS:
+        raise ValueError(f"expected at least {MIN_BATCHED_TOKENS}")
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What `split-server` can be told, by flag, environment or file."""
+
+    model: str = setting("demo", "folder, hub id, or demo")
+    host: str = setting("127.0.0.1", "address to listen at")
+    port: int = setting(8700, "port to listen at; 0 takes any free one", check=_port)
+    device: str = setting("auto", "auto, cpu or cuda[:N]")
+    dtype: str = setting("auto", "compute type of the hosted blocks", choices=DTYPES)
+    allowed_partitions: str = setting("1,1", "the least p,q an edge may choose; [p, L-q) is hosted", metavar="P,Q")
+    max_model_len: int | None = setting(None, "most positions of a session (default: the model's own)", check=_positive)
+    max_num_seqs: int = setting(64, "most sessions in one pass", check=_positive)
+    max_sessions: int = setting(256, "most sessions held at once", check=_positive)
+    max_num_batched_tokens: int | None = setting(
+        None, "most rows in one pass (default: 256 on a CPU, 2048 on CUDA)", check=_batched_tokens
+    )
+    gpu_memory_utilization: float | None = setting(
+        None, "fraction of the free memory for the KV cache (default: 0.9 on CUDA, 0.4 on a CPU)", check=_fraction
+    )
+    kv_cache_dtype: str = setting("auto", "type of the KV cache; auto is the compute type", choices=("auto",))
+    served_model_name: str | None = setting(None, "name under which the model is listed")
+    api_key: str | None = setting(None, "a key that clients must send", secret=True)
+    api_key_file: Path | None = setting(None, "file of keys made by `split-server keys create`")  # noqa: RUF009
+    ssl_certfile: Path | None = setting(None, "certificate (PEM): serve https and wss")  # noqa: RUF009
+    ssl_keyfile: Path | None = setting(None, "private key of the certificate (PEM)")  # noqa: RUF009
+    ssl_ca_certs: Path | None = setting(None, "CA (PEM) that must have signed every client's certificate")  # noqa: RUF009
+    root_path: str = setting("", "path prefix under which a reverse proxy serves this")
+    log_level: str = setting("info", "how much to log", choices=LOG_LEVELS)
+    threads: int | None = setting(
+        None, "CPU threads of the model (default: half of the logical cores)", check=_positive
+    )
+    idle_seconds: float = setting(1800.0, "a session unused for so long is closed", check=_positive)
+    grace_seconds: float = setting(120.0, "a session outlives its connection for so long", check=_positive)
+    evict_seconds: float = setting(30.0, "pages of a session unused for so long may be taken", check=_positive)
+    drain_seconds: float = setting(10.0, "at shutdown, queued steps are finished for so long", check=_positive)
+
+    def check(self) -> None:
+        """Raise `UsageError` for settings that do not go together."""
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise UsageError("--ssl-certfile and --ssl-keyfile go together; only one of them was given")
+        if self.ssl_ca_certs is not None and self.ssl_certfile is None:
+            raise UsageError("--ssl-ca-certs needs --ssl-certfile and --ssl-keyfile")
+        for path in (self.ssl_certfile, self.ssl_keyfile, self.ssl_ca_certs):
+            if path is not None and not path.is_file():
+                raise UsageError(f"there is no file {path}")
+        if self.root_path and not self.root_path.startswith("/"):
+            raise UsageError(f"--root-path must begin with a slash, got {self.root_path!r}")
+
+    @property
+    def is_loopback(self) -> bool:
+        """Say whether only this machine can connect."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
