@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from edge_client.settings import SECTION, EdgeSettings
-from split_llama.errors import FlLlamaError
+from split_llama.errors import FlLlamaError, UsageError
 from split_llama.settings import Loaded, add_flags, load_settings
 
 INTERRUPTED = 130
@@ -29,16 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "config":
             _print_config(loaded)
             return 0
-        from edge_client.commands import Request, generate
-
-        request = Request(
-            prompt=arguments.prompt,
-            chat=arguments.chat,
-            system=arguments.system,
-            as_json=arguments.json,
-            quiet=arguments.quiet,
-        )
-        return generate(loaded.settings, request)
+        return _generate(loaded.settings, arguments)
     except FlLlamaError as error:
         print(f"edge-client: {error.message}", file=sys.stderr)
         return error.exit_code
@@ -49,6 +40,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+
+
+def _generate(settings: EdgeSettings, arguments: argparse.Namespace) -> int:
+    settings.check()
+    if arguments.system is not None and not arguments.chat:
+        raise UsageError("--system needs --chat")
+    from edge_client.rest import RestClient
+
+    # Asked before torch is imported: a wrong address is told at once, not after seconds.
+    rest = RestClient(settings.server_url(), settings.api_key, retry_seconds=settings.reconnect_seconds)
+    card = rest.model_card()
+    rest.close()
+    from edge_client.commands import Request, generate
+
+    request = Request(
+        prompt=arguments.prompt,
+        chat=arguments.chat,
+        system=arguments.system,
+        as_json=arguments.json,
+        quiet=arguments.quiet,
+    )
+    generate(settings, request, card)
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

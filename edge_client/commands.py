@@ -13,8 +13,10 @@ from tqdm import tqdm
 
 from edge_client.chat_template import load_template, render
 from edge_client.generate import GenerationStats
-from edge_client.runtime import EdgeRuntime
+from edge_client.rest import ModelCard
+from edge_client.runtime import EdgeRuntime, prepare
 from edge_client.settings import EdgeSettings
+from edge_client.threads import in_thread
 from edge_client.turn import Turn
 from edge_client.weights import Progress
 from split_llama.errors import UsageError
@@ -32,19 +34,17 @@ class Request:
     quiet: bool = False
 
 
-def generate(settings: EdgeSettings, request: Request) -> int:
-    """Generate one answer; give the exit code. Ctrl-C cancels, closes the session, and raises `KeyboardInterrupt`."""
-    if request.system is not None and not request.chat:
-        raise UsageError("--system needs --chat")
+def generate(settings: EdgeSettings, request: Request, card: ModelCard) -> None:
+    """Generate one answer. Ctrl-C cancels, closes the session on the server, and raises `KeyboardInterrupt`."""
     prompt = _read_stdin() if request.prompt == "-" else request.prompt
-    asyncio.run(_generate(settings, request, prompt))
-    return 0
+    asyncio.run(_generate(settings, request, card, prompt))
 
 
-async def _generate(settings: EdgeSettings, request: Request, prompt: str) -> None:
+async def _generate(settings: EdgeSettings, request: Request, card: ModelCard, prompt: str) -> None:
     notify = _notifier(request.quiet)
     with _progress_bar(request.quiet) as progress:
-        async with EdgeRuntime.connect(settings, progress=progress, notify=notify) as edge:
+        source = await in_thread(lambda: prepare(settings, card=card, progress=progress, notify=notify))
+        async with EdgeRuntime.connect(settings, source=source) as edge:
             notify(_describe_noise(settings, edge.noise))
             ids = _tokenise(edge, request, prompt)
             params = edge.params(
@@ -69,7 +69,7 @@ async def _generate(settings: EdgeSettings, request: Request, prompt: str) -> No
                 sys.stdout.write(_report("".join(text), turn, session.stats, settings, edge.noise) + "\n")
             else:
                 sys.stdout.write("\n")
-                notify(_summary(turn, session.stats))
+                notify(_summary(turn, session.stats, edge.rows_released))
 
 
 def _tokenise(edge: EdgeRuntime, request: Request, prompt: str) -> list[int]:
@@ -116,12 +116,13 @@ def _describe_noise(settings: EdgeSettings, spec: NoiseSpec) -> str:
     )
 
 
-def _summary(turn: Turn, stats: GenerationStats) -> str:
+def _summary(turn: Turn, stats: GenerationStats, rows_released: int) -> str:
     count = len(turn.tokens)
     speed = f"{1000 * len(stats.itl_ms) / sum(stats.itl_ms):.1f} tokens/s, " if stats.itl_ms else ""
     return (
         f"{stats.prompt_tokens} + {count} tokens, {speed}first after {stats.ttft_ms:.0f} ms, "
         f"{stats.bytes_up:,} bytes up, {stats.bytes_down:,} down, {stats.round_trips} round trips"
+        + (f", {rows_released} distinct noised rows released" if rows_released else "")
     )
 
 

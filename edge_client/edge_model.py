@@ -20,7 +20,7 @@ from split_llama.engine.engine import PAGE_SIZE, Engine
 from split_llama.engine.sequence import Sequence as Positions
 from split_llama.errors import FlLlamaError, ServerFault
 from split_llama.load import load_embedding, load_head, load_segment
-from split_llama.noise import NoiseChain, NoiseSpec, PrefixNoise, apply, count_exact_rows
+from split_llama.noise import Accountant, NoiseChain, NoiseSpec, PrefixNoise, apply, count_exact_rows
 from split_llama.wire.codec import Codec, decode_rows, encode_rows
 
 CALIBRATION_TOKENS = 64
@@ -84,6 +84,7 @@ class EdgeModel:
         self._dtype, self._device = placement.dtype, placement.device
         self._spec = NoiseSpec(0.0)
         self._noise: PrefixNoise | None = None
+        self.accountant = Accountant()
         self.embedding = load_embedding(checkpoint, dtype=placement.dtype, device=placement.device)
         self.head = load_head(checkpoint, self.embedding, dtype=placement.dtype, device=placement.device)
         self._a = _engine(checkpoint, partition.segment_a(count), placement)
@@ -201,6 +202,7 @@ class EdgeModel:
         public = count_exact_rows(tokens, first, self.bos_token_id)
         if session.noise is not None:
             session.noise.append(tokens)
+            self.accountant.charge(session.noise.digests(first + public))
             states = apply(self._spec, states, session.noise.rows(first), public)
         rows = states.numpy()
         if public and self.codec is not Codec.FP32:

@@ -19,11 +19,12 @@ from split_llama.errors import (
     ServerUnreachable,
     SlowReader,
 )
-from split_llama.transport.base import Channel, ChannelClosed, Transport
+from split_llama.transport.base import NORMAL_CLOSE, Channel, ChannelClosed, Transport
 from split_llama.wire.control import Hello, HelloReply, Open, error_from_frame
 from split_llama.wire.frame import VERSION, Frame, Kind, encode_message, split_message
 
 HELLO_SECONDS = 15.0
+CLOSE_SECONDS = 1.0
 FIRST_BACKOFF = 0.05
 LONGEST_BACKOFF = 3.0
 CLIENT_NAME = "fl-llama edge-client"
@@ -142,9 +143,16 @@ class ServerLink:
                     self._attach(handle, session)
                     self._kick(session)
         except FlLlamaError as error:
-            self._error = error
-            for session in self._sessions.values():
-                session.fail(error)
+            self._fail(error)
+        except Exception as error:
+            # Nobody may wait for ever because of a fault of ours.
+            self._fail(FlLlamaError(f"the edge's link to the server failed: {error!r}"))
+            raise
+
+    def _fail(self, error: FlLlamaError) -> None:
+        self._error = error
+        for session in self._sessions.values():
+            session.fail(error)
 
     async def _reconnect(self, lost: FlLlamaError) -> Channel:
         loop = asyncio.get_running_loop()
@@ -166,21 +174,31 @@ class ServerLink:
 
     async def _pump(self, channel: Channel) -> FlLlamaError:
         """Move frames both ways until the channel ends; give the reason."""
+        reader = asyncio.create_task(self._read(channel), name="server-link-reader")
         writer = asyncio.create_task(self._write(channel), name="server-link-writer")
         try:
-            while True:
-                for frame in split_message(await channel.receive(), self.hello.max_frame_bytes):
-                    self._dispatch(frame)
+            await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
+            # The reader knows best why a channel ended, and what came before its end still counts.
+            await asyncio.wait((reader,), timeout=0 if reader.done() else CLOSE_SECONDS)
+            for task in (reader, writer):
+                if task.done():
+                    await task
+            raise ServerUnreachable("the connection was lost")
         except ChannelClosed as closed:
             return closed.error()
         except FlLlamaError as error:
-            await channel.close(error.close_code or 1000, error.message)
+            await channel.close(error.close_code or NORMAL_CLOSE, error.message)
             return error
         finally:
-            writer.cancel()
-            with contextlib.suppress(asyncio.CancelledError, ChannelClosed):
-                await writer
+            for task in (reader, writer):
+                task.cancel()
+            await asyncio.gather(reader, writer, return_exceptions=True)
             await channel.close()
+
+    async def _read(self, channel: Channel) -> None:
+        while True:
+            for frame in split_message(await channel.receive(), self.hello.max_frame_bytes):
+                self._dispatch(frame)
 
     def _dispatch(self, frame: Frame) -> None:
         if frame.handle == 0 and frame.kind is Kind.ERROR:

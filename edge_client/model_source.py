@@ -13,7 +13,7 @@ from edge_client.settings import EdgeSettings
 from edge_client.state_files import StateFolder, cache_errors, write_atomically
 from edge_client.weights import Offer, Progress, ask_offer, check_pin, fetch_slice
 from split_llama.config import BlockRange, ModelConfig, Partition
-from split_llama.errors import ModelMismatch, UsageError
+from split_llama.errors import ModelMismatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +32,19 @@ def find_model(
     rest: RestClient,
     state: StateFolder,
     *,
+    card: ModelCard | None = None,
     progress: Progress | None = None,
     notify: Callable[[str], None] = lambda line: None,
 ) -> ModelSource:
     """Find the edge's weights and make sure that they fit the server's. Blocking; sends nothing but questions.
 
+    `card` is the server's, if it was asked for already.
+
     Raises `ModelMismatch` (own copy), `PinMismatch` (the server's slice changed), and what fetching raises.
     """
+    settings.check()
     partition = Partition.parse(settings.partition)
-    if partition.p == 0 and not settings.allow_embedding_states:
-        raise UsageError(
-            "with p = 0 the server gets bare token embeddings, from which anybody reads the text back; "
-            "keep at least one block (--partition 1,1), or say --allow-embedding-states"
-        )
-    card = rest.model_card()
+    card = card or rest.model_card()
     blocks = card.check_partition(partition)
     offer = ask_offer(rest, partition, card.geometry)
     if settings.model is not None:
@@ -82,9 +81,9 @@ def _own_copy(model: str, partition: Partition, offer: Offer, cache: Path, notif
 
 def read_geometry(folder: Path) -> ModelConfig:
     """Read the geometry of a model folder without opening its weights."""
-    from split_llama.json_file import read_json
+    from split_llama.checkpoint import read_config
 
-    return ModelConfig.from_hf(read_json(folder / "config.json"))
+    return read_config(folder)[1]
 
 
 def _check_geometry(config: ModelConfig, offer: Offer, whose: str) -> None:

@@ -3,11 +3,15 @@
     settings = EdgeSettings(server="http://127.0.0.1:8700", noise="0")
     async with EdgeRuntime.connect(settings, max_sessions=32) as edge:
         ids = edge.tokenizer.encode("Once upon a time")
+        params = edge.params(max_new_tokens=64)
+        async for event in edge.generate(ids, params):
+            print(event.text, end="")
+        # The same in steps, to get at the figures:
         async with edge.open() as session:
-            turn = edge.turn(ids, edge.params(max_new_tokens=64))
+            turn = edge.turn(ids, params)
             async for event in session.generate(ids, turn):
                 print(event.text, end="")
-        print(session.stats)
+        print(turn.tokens, session.stats)
 
 Importing this module imports torch, which takes a second or two.
 """
@@ -19,24 +23,22 @@ import dataclasses
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-import torch
-
 from edge_client.edge_model import EdgeModel, Placement
-from edge_client.generate import EdgeSession
+from edge_client.generate import EdgeSession, TokenEvent
 from edge_client.link import ServerLink
 from edge_client.model_source import ModelSource, find_model, read_geometry
-from edge_client.rest import RestClient
+from edge_client.rest import ModelCard, RestClient
 from edge_client.sampling import SamplingParams
 from edge_client.settings import EdgeSettings
 from edge_client.state_files import StateFolder, cache_errors, write_atomically
-from edge_client.tokenizer import EdgeTokenizer
 from edge_client.threads import in_thread
+from edge_client.tokenizer import EdgeTokenizer
 from edge_client.turn import GenerationParams, Turn
 from edge_client.weights import Progress
 from edge_client.worker import EdgeWorker
 from split_llama.checkpoint import Checkpoint
 from split_llama.errors import ContextExceeded, UsageError
-from split_llama.load import parse_device, parse_dtype
+from split_llama.load import parse_device, parse_dtype, use_threads
 from split_llama.noise import NoiseScope, NoiseSpec, PrefixNoise, calibrate_clip
 from split_llama.transport.base import Transport
 from split_llama.transport.http import HttpTransport
@@ -73,7 +75,9 @@ class EdgeRuntime:
 
         `max_sessions` bounds the sessions open at once: the edge keeps KV pages for as many. Raises `FlLlamaError`.
         """
-        found = source or await in_thread(lambda: prepare(settings, progress=progress, notify=notify))
+        if source is None:
+            source = await in_thread(lambda: prepare(settings, progress=progress, notify=notify))
+        found = source
         async with ServerLink(_transports(settings), reconnect_seconds=settings.reconnect_seconds) as link:
             model, spec = await in_thread(lambda: _load(settings, found, max_sessions))
             runtime = cls(found, model, spec, link)
@@ -81,6 +85,11 @@ class EdgeRuntime:
                 yield runtime
             finally:
                 await runtime._worker.close()
+
+    @property
+    def rows_released(self) -> int:
+        """Distinct noised rows sent by this process; 0 with noise off, when nothing keeps rows apart."""
+        return self._model.accountant.rows
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[EdgeSession]:
@@ -102,6 +111,13 @@ class EdgeRuntime:
         finally:
             self._worker.call(lambda: self._model.free(local))
             await self._link.close(remote)
+
+    async def generate(self, prompt_ids: Sequence[int], params: GenerationParams) -> AsyncIterator[TokenEvent]:
+        """Make one answer in a session of its own: tokens and text as they come. Raises as `turn` does."""
+        turn = self.turn(prompt_ids, params)
+        async with self.open() as session:
+            async for event in session.generate(prompt_ids, turn):
+                yield event
 
     def params(
         self, *, max_new_tokens: int = 256, stop: Sequence[str] = (), ignore_eos: bool = False, **sampling: Any
@@ -132,12 +148,19 @@ class EdgeRuntime:
 
 
 def prepare(
-    settings: EdgeSettings, *, progress: Progress | None = None, notify: Callable[[str], None] = lambda line: None
+    settings: EdgeSettings,
+    *,
+    card: ModelCard | None = None,
+    progress: Progress | None = None,
+    notify: Callable[[str], None] = lambda line: None,
 ) -> ModelSource:
-    """Do what `connect` does first: ask the server, find and check the weights. Blocking."""
+    """Do what `connect` does first: ask the server, find and check the weights. Blocking.
+
+    `card` is the server's model card, if it was asked for already.
+    """
     rest = RestClient(settings.server_url(), settings.api_key, retry_seconds=settings.reconnect_seconds)
     try:
-        return find_model(settings, rest, StateFolder(settings.states()), progress=progress, notify=notify)
+        return find_model(settings, rest, StateFolder(settings.states()), card=card, progress=progress, notify=notify)
     finally:
         rest.close()
 
@@ -149,8 +172,7 @@ def _transports(settings: EdgeSettings) -> list[Transport]:
 
 
 def _load(settings: EdgeSettings, source: ModelSource, max_sessions: int) -> tuple[EdgeModel, NoiseSpec]:
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    use_threads(settings.threads)
     device = parse_device(settings.device)
     name = settings.dtype
     if name == "auto":

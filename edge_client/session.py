@@ -62,9 +62,9 @@ class RemoteSession:
         """Close on the server, and wait a little for its word."""
         if self._timer is not None:
             self._timer.cancel()
-        live = self.state.phase is not Phase.CLOSED
+        reachable = self.state.phase not in (Phase.CLOSED, Phase.DETACHED)
         self.state.close()
-        if not live:
+        if not reachable:
             return
         self._kick(self)
         with contextlib.suppress(TimeoutError, FlLlamaError):

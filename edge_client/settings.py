@@ -73,7 +73,12 @@ class EdgeSettings:
     accept_new_weights: bool = setting(False, "trust the server's weights although they changed since first use")
     device: str = setting("auto", "where the edge computes: auto, cpu or cuda[:N]")
     dtype: str = setting("auto", "what the edge computes in: auto, float32, bfloat16 or float16")
-    threads: int | None = setting(None, "CPU threads", check=_between(1, 4096, "1 thread or more"), metavar="N")
+    threads: int | None = setting(
+        None,
+        "CPU threads; default: half of the logical cores",
+        check=_between(1, 4096, "1 thread or more"),
+        metavar="N",
+    )
     max_new_tokens: int = setting(
         256, "tokens to generate at most", check=_between(1, 2**31, "1 token or more"), metavar="N"
     )
@@ -86,8 +91,8 @@ class EdgeSettings:
     repetition_penalty: float | None = setting(None, "above 1 makes repetition less likely", metavar="X")
     seed: int | None = setting(None, "seed of the sampling; default: random", metavar="N")
     stop: tuple[str, ...] = setting((), "text that ends the answer; may be given several times", metavar="TEXT")
-    cache_dir: Path | None = setting(None, "folder of fetched weights; default: the user's own")  # noqa: RUF009
-    state_dir: Path | None = setting(None, "folder of the edge secret and pins; default: the user's own")  # noqa: RUF009
+    cache_dir: Path | None = setting(None, "folder of fetched weights; default: the user's own")
+    state_dir: Path | None = setting(None, "folder of the edge secret and pins; default: the user's own")
 
     def caches(self) -> Path:
         """Folder of what can be fetched again."""
@@ -110,3 +115,12 @@ class EdgeSettings:
         if not self.server:
             raise UsageError("which server? Give --server URL, for example --server http://127.0.0.1:8700")
         return self.server
+
+    def check(self) -> None:
+        """Raise `UsageError` for what can be told without asking anybody."""
+        self.server_url()
+        if self.partition.split(",")[0].strip() == "0" and not self.allow_embedding_states:
+            raise UsageError(
+                "with p = 0 the server gets bare token embeddings, from which anybody reads the text back; "
+                "keep at least one block (--partition 1,1), or say --allow-embedding-states"
+            )

@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 
-from split_llama.errors import CheckpointError
+from split_llama.errors import CheckpointError, UsageError
 from split_llama.json_file import read_json
 
 CONTEXT_TOKENS = 8
@@ -47,7 +47,14 @@ class EdgeTokenizer:
         return cls(backend, config)
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Give the ids of `text`, with BOS where the model wants it unless `special_tokens` is false."""
+        """Give the ids of `text`, with BOS where the model wants it unless `special_tokens` is false.
+
+        Raises `UsageError` for lone surrogates: bytes of the command line or of stdin that were no UTF-8.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"the prompt is no valid text at character {error.start}: was it UTF-8?") from None
         return list(self._backend.encode(text, add_special_tokens=special_tokens).ids)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -72,7 +72,10 @@ class EdgeWorker:
         busy: set[tuple[int, str]] = set()
         rows = 0
         for job in self._jobs:
-            work = job[0]
+            work, future = job
+            if future.cancelled():
+                # Its session may be freed already; nobody waits for it.
+                continue
             sides = {(id(work.session), side) for side in _sides(work)}
             size = len(work.tokens) + sum(reply.count for reply in work.replies)
             if sides & busy or (batch and rows + size > MAX_PASS_ROWS):

@@ -1,11 +1,40 @@
-"""What OPEN asks for, checked against what is hosted."""
+"""What a server says of itself, and what OPEN asks for checked against it."""
 
 from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
 
 from serving.hosted import Hosted
 from split_llama.config import BlockRange, Partition
 from split_llama.errors import BadRequest, ModelMismatch, PartitionNotAllowed
-from split_llama.wire.control import Open
+from split_llama.wire.codec import Codec
+from split_llama.wire.control import HelloReply, Open
+from split_llama.wire.frame import VERSION
+
+
+def server_version() -> str:
+    """Give the version of the installed distribution."""
+    try:
+        return version("fl-llama")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+def hello(hosted: Hosted) -> HelloReply:
+    """Say what is hosted and allowed."""
+    return HelloReply(
+        protocol=VERSION,
+        server=f"fl-llama/{server_version()}",
+        model=hosted.name,
+        blocks=(hosted.blocks.start, hosted.blocks.stop),
+        hidden_size=hosted.config.hidden_size,
+        geometry=hosted.geometry,
+        codecs=tuple(codec.label for codec in Codec),
+        max_frame_bytes=hosted.max_frame_bytes,
+        max_message_bytes=hosted.max_message_bytes,
+        max_step_rows=hosted.terms.max_step_rows,
+        max_model_len=hosted.max_model_len,
+    )
 
 
 def check_request(hosted: Hosted, request: Open) -> None:

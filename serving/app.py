@@ -8,7 +8,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from serving import dataplane, rest
-from serving.core import Core, server_version
+from serving.admission import server_version
+from serving.core import Core
 from serving.replies import error_response
 from split_llama.errors import BadRequest, FlLlamaError
 

@@ -10,6 +10,7 @@ import asyncio
 from collections import deque
 from dataclasses import replace
 
+from serving.admission import hello as hello_reply
 from serving.core import Core
 from serving.keys import Principal
 from serving.registry import Entry
@@ -181,7 +182,7 @@ class Connection:
         if hello.model is not None and hello.model != self._core.hosted.name:
             raise ModelMismatch(f"model {hello.model!r} asked for, this server hosts {self._core.hosted.name!r}")
         self._greeted = True
-        self.put(Frame(Kind.HELLO, payload=self._core.hello().to_bytes()))
+        self.put(Frame(Kind.HELLO, payload=hello_reply(self._core.hosted).to_bytes()))
 
     def _open(self, frame: Frame) -> None:
         self._check_free(frame.handle)

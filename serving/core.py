@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Callable, Coroutine
 from enum import Enum
-from importlib.metadata import PackageNotFoundError, version
 
 from serving.admission import check_digests, check_request
 from serving.hosted import Hosted
@@ -21,14 +20,15 @@ from serving.steps import Step
 from serving.worker import Worker
 from split_llama.config import BlockRange
 from split_llama.errors import (
+    BadRequest,
     Draining,
     FlLlamaError,
+    ServerFault,
     ServerUnreachable,
     UnknownSession,
 )
-from split_llama.wire.codec import Codec
-from split_llama.wire.control import Fork, Grant, HelloReply, Open, error_frame
-from split_llama.wire.frame import VERSION, Frame, Kind
+from split_llama.wire.control import Fork, Grant, Open, error_frame
+from split_llama.wire.frame import Frame, Kind
 
 SWEEP_SECONDS = 1.0
 RETRY_LOADING_MS = 500
@@ -43,14 +43,6 @@ class Stage(Enum):
     LOADING = "loading"
     READY = "ready"
     DRAINING = "draining"
-
-
-def server_version() -> str:
-    """Give the version of the installed distribution."""
-    try:
-        return version("fl-llama")
-    except PackageNotFoundError:
-        return "0+unknown"
 
 
 class Core:
@@ -172,23 +164,6 @@ class Core:
 
     # Sessions
 
-    def hello(self) -> HelloReply:
-        """Say what is hosted and allowed."""
-        hosted = self.hosted
-        return HelloReply(
-            protocol=VERSION,
-            server=f"fl-llama/{server_version()}",
-            model=hosted.name,
-            blocks=(hosted.blocks.start, hosted.blocks.stop),
-            hidden_size=hosted.config.hidden_size,
-            geometry=hosted.geometry,
-            codecs=tuple(codec.label for codec in Codec),
-            max_frame_bytes=hosted.max_frame_bytes,
-            max_message_bytes=hosted.max_message_bytes,
-            max_step_rows=hosted.terms.max_step_rows,
-            max_model_len=hosted.max_model_len,
-        )
-
     def grant(self, entry: Entry) -> bytes:
         """Give the payload that answers OPEN, ATTACH and FORK."""
         terms, session = entry.session.terms, entry.session
@@ -205,7 +180,7 @@ class Core:
         self._refuse_while_draining()
         self.registry.admit(request.session, principal)
         entry = self._create(request, principal, mailbox, handle)
-        self._verify(entry, request, Kind.OPEN)
+        self._verify(entry, request)
         return entry
 
     def attach(self, request: Open, principal: Principal, mailbox: Mailbox, handle: int) -> Entry:
@@ -216,33 +191,36 @@ class Core:
             self.registry.admit(request.session, principal)
             entry = self._create(request, principal, mailbox, handle)
             entry.session.lose()
-            self._verify(entry, request, Kind.ATTACH)
+            entry.answer = Kind.ATTACH
+            self._verify(entry, request)
             return entry
         entry.bind(mailbox, handle)
-        entry.active_at = self.clock()
+        entry.active_at, entry.answer = self.clock(), Kind.ATTACH
         if entry.verified:
-            self._welcome(entry, Kind.ATTACH)
+            self._welcome(entry)
         return entry
 
-    def _welcome(self, entry: Entry, kind: Kind) -> None:
+    def _welcome(self, entry: Entry) -> None:
         if entry.session.phase in (Phase.LOST, Phase.WAITING):
             entry.send(entry.session.resync())
         else:
-            entry.send(Frame(kind, payload=self.grant(entry)))
+            entry.send(Frame(entry.answer, payload=self.grant(entry)))
         self.worker.kick()
 
     def fork(self, parent: Entry, request: Fork, principal: Principal, mailbox: Mailbox, handle: int) -> Entry:
         """Fork a session at a settled position. Raises `PositionGap` and the refusals of OPEN."""
         self._refuse_while_draining()
+        if not parent.verified:
+            raise BadRequest("the parent is still being checked: wait for its Grant before you fork it")
         self.registry.admit(request.session, principal)
         child = parent.session.fork(request.at)
         blocks = (parent.blocks.start, parent.blocks.stop)
         opening = Open(session=request.session, secret=request.secret, blocks=blocks)
         entry = self.registry.add(opening, principal, child, self.clock())
-        entry.verified = parent.verified
         entry.bind(mailbox, handle)
         self.metrics.sessions_opened.inc()
-        self._welcome(entry, Kind.FORK)
+        entry.answer = Kind.FORK
+        self._welcome(entry)
         return entry
 
     def step(self, entry: Entry, frame: Frame, principal: Principal) -> None:
@@ -290,26 +268,32 @@ class Core:
 
     # Digests: hashing takes seconds, so a session waits for it and its steps queue up meanwhile
 
-    def _verify(self, entry: Entry, request: Open, kind: Kind) -> None:
+    def _verify(self, entry: Entry, request: Open) -> None:
         if request.weights is None and request.tokenizer is None:
-            self._welcome(entry, kind)
+            self._welcome(entry)
             return
         entry.verified = False
-        self._spawn(self._verify_later(entry, request, kind), "verify")
+        self._spawn(self._verify_later(entry, request), "verify")
 
-    async def _verify_later(self, entry: Entry, request: Open, kind: Kind) -> None:
+    async def _verify_later(self, entry: Entry, request: Open) -> None:
         try:
             await check_digests(self.hosted, request)
         except FlLlamaError as error:
-            self.count_refusal(error)
-            entry.send(error_frame(entry.handle, 0, error))
-            for step in entry.session.queued:
-                entry.send(error_frame(entry.handle, step.seq, UnknownSession("the session was refused")))
-            self.remove(entry)
+            self._turn_away(entry, error)
+        except Exception:
+            log.exception("digests could not be computed")
+            self._turn_away(entry, ServerFault("the server could not compute its digests; its log says more"))
         else:
             entry.verified = True
             if entry.session.phase is not Phase.CLOSED:
-                self._welcome(entry, kind)
+                self._welcome(entry)
+
+    def _turn_away(self, entry: Entry, error: FlLlamaError) -> None:
+        self.count_refusal(error)
+        entry.send(error_frame(entry.handle, 0, error))
+        for step in entry.session.queued:
+            entry.send(error_frame(entry.handle, step.seq, UnknownSession("the session was refused")))
+        self.remove(entry)
 
     def count_refusal(self, error: FlLlamaError) -> None:
         """Count a refusal by its class."""

@@ -18,7 +18,7 @@ from serving.session import Session
 from split_llama.config import BlockRange
 from split_llama.errors import BadRequest, LimitExceeded, NotOwner
 from split_llama.wire.control import Open
-from split_llama.wire.frame import Frame
+from split_llama.wire.frame import Frame, Kind
 
 
 class Mailbox(Protocol):
@@ -48,6 +48,7 @@ class Entry:
     handle: int = 0
     detached_at: float | None = None
     verified: bool = True
+    answer: Kind = Kind.OPEN
     first_step_at: float | None = None
     last_reply_at: float | None = None
 

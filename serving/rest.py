@@ -7,7 +7,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from serving.core import Core, server_version
+from serving.admission import server_version
+from serving.core import Core
 from serving.keys import Principal
 from serving.registry import Entry
 from serving.slices import RangeNotSatisfiable, parse_range, read_range

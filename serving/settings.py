@@ -57,10 +57,10 @@ class ServerSettings:
     kv_cache_dtype: str = setting("auto", "type of the KV cache; auto is the compute type", choices=("auto",))
     served_model_name: str | None = setting(None, "name under which the model is listed")
     api_key: str | None = setting(None, "a key that clients must send", secret=True)
-    api_key_file: Path | None = setting(None, "file of keys made by `split-server keys create`")  # noqa: RUF009
-    ssl_certfile: Path | None = setting(None, "certificate (PEM): serve https and wss")  # noqa: RUF009
-    ssl_keyfile: Path | None = setting(None, "private key of the certificate (PEM)")  # noqa: RUF009
-    ssl_ca_certs: Path | None = setting(None, "CA (PEM) that must have signed every client's certificate")  # noqa: RUF009
+    api_key_file: Path | None = setting(None, "file of keys made by `split-server keys create`")
+    ssl_certfile: Path | None = setting(None, "certificate (PEM): serve https and wss")
+    ssl_keyfile: Path | None = setting(None, "private key of the certificate (PEM)")
+    ssl_ca_certs: Path | None = setting(None, "CA (PEM) that must have signed every client's certificate")
     root_path: str = setting("", "path prefix under which a reverse proxy serves this")
     log_level: str = setting("info", "how much to log", choices=LOG_LEVELS)
     threads: int | None = setting(

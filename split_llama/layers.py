@@ -23,7 +23,7 @@ from split_llama.config import BlockRange, ModelConfig, Rope
 class BlockAttention(Protocol):
     """Attention of one pass in one block: stores the rows' K and V, and lets each query row see its own sequence."""
 
-    def __call__(self, block: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:  # noqa: N803
+    def __call__(self, block: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
         """Give the attention output `[N, H, K]`."""
         ...
 
@@ -80,7 +80,7 @@ class RotaryEmbedding(nn.Module):
         frequencies = inverse_frequencies(config.rope, config.head_dim).to(device)
         self.register_buffer("inverse_frequencies", frequencies, persistent=False)
 
-    def forward(self, positions_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # noqa: N803
+    def forward(self, positions_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Give cos and sin, each `[N, 1, K]`: computed in float32, then cast."""
         angles = positions_N.float()[:, None] * self.inverse_frequencies
         angles = torch.cat((angles, angles), dim=-1)[:, None, :]
@@ -135,12 +135,12 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
 
-    def forward(self, block: int, x_ND: Tensor, cos: Tensor, sin: Tensor, attend: BlockAttention) -> Tensor:  # noqa: N803
+    def forward(self, block: int, x_ND: Tensor, cos: Tensor, sin: Tensor, attend: BlockAttention) -> Tensor:
         """Give the attention output `[N, D]`."""
         qkv = self.qkv_proj(x_ND).unflatten(-1, (-1, self.head_dim))
-        q_NHK, k_NGK, v_NGK = qkv.split(self.heads, dim=1)  # noqa: N806
-        q_NHK = rotate(self.q_norm(q_NHK), cos, sin)  # noqa: N806
-        k_NGK = rotate(self.k_norm(k_NGK), cos, sin)  # noqa: N806
+        q_NHK, k_NGK, v_NGK = qkv.split(self.heads, dim=1)
+        q_NHK = rotate(self.q_norm(q_NHK), cos, sin)
+        k_NGK = rotate(self.k_norm(k_NGK), cos, sin)
         return self.o_proj(attend(block, q_NHK, k_NGK, v_NGK).flatten(1))  # type: ignore[no-any-return]
 
 
@@ -154,7 +154,7 @@ class MLP(nn.Module):
         down = {"down_proj": config.hidden_size}
         self.down_proj = FusedLinear(config.intermediate_size, down, config.mlp_bias, dtype, device)
 
-    def forward(self, x_ND: Tensor) -> Tensor:  # noqa: N803
+    def forward(self, x_ND: Tensor) -> Tensor:
         """Give the feed-forward output `[N, D]`."""
         gate, up = self.gate_up_proj(x_ND).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)  # type: ignore[no-any-return]
@@ -170,9 +170,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.mlp = MLP(config, dtype, device)
 
-    def forward(self, block: int, x_ND: Tensor, cos: Tensor, sin: Tensor, attend: BlockAttention) -> Tensor:  # noqa: N803
+    def forward(self, block: int, x_ND: Tensor, cos: Tensor, sin: Tensor, attend: BlockAttention) -> Tensor:
         """Give the block's output `[N, D]`; `block` is its number in the whole model."""
-        x_ND = x_ND + self.self_attn(block, self.input_layernorm(x_ND), cos, sin, attend)  # noqa: N806
+        x_ND = x_ND + self.self_attn(block, self.input_layernorm(x_ND), cos, sin, attend)
         return x_ND + self.mlp(self.post_attention_layernorm(x_ND))  # type: ignore[no-any-return]
 
     def stored_parts(self) -> Iterator[tuple[str, Tensor]]:
@@ -197,11 +197,11 @@ class Segment(nn.Module):
         self.rotary = RotaryEmbedding(config, device)
         self.layers = nn.ModuleList(Block(config, dtype, device) for _ in range(len(blocks)))
 
-    def forward(self, span: BlockRange, x_ND: Tensor, positions_N: Tensor, attend: BlockAttention) -> Tensor:  # noqa: N803
+    def forward(self, span: BlockRange, x_ND: Tensor, positions_N: Tensor, attend: BlockAttention) -> Tensor:
         """Run rows `[N, D]` with rotary positions `[N]` through the blocks of `span`, which this segment contains."""
         cos, sin = self.rotary(positions_N, x_ND.dtype)
         for block in range(span.start, span.stop):
-            x_ND = self.layers[block - self.blocks.start](block, x_ND, cos, sin, attend)  # noqa: N806
+            x_ND = self.layers[block - self.blocks.start](block, x_ND, cos, sin, attend)
         return x_ND
 
     def stored_parts(self) -> Iterator[tuple[str, Tensor]]:
@@ -218,7 +218,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = _empty((config.vocab_size, config.hidden_size), dtype, device)
 
-    def forward(self, token_ids_N: Tensor) -> Tensor:  # noqa: N803
+    def forward(self, token_ids_N: Tensor) -> Tensor:
         """Look the rows up."""
         return F.embedding(token_ids_N, self.weight)
 
@@ -242,7 +242,7 @@ class Head(nn.Module):
         shape = (config.vocab_size, config.hidden_size)
         self.weight = _empty(shape, dtype, device) if tied_to is None else tied_to.weight
 
-    def forward(self, x_ND: Tensor) -> Tensor:  # noqa: N803
+    def forward(self, x_ND: Tensor) -> Tensor:
         """Give the logits."""
         return F.linear(self.norm(x_ND), self.weight).float()
 

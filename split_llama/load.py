@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Set
 from typing import Protocol
 
@@ -45,6 +46,15 @@ def parse_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {name!r} asked for, but this PyTorch sees no CUDA device; use --device cpu")
     return device
+
+
+def use_threads(count: int | None) -> None:
+    """Let PyTorch compute with `count` CPU threads; by default one per two logical cores.
+
+    Two logical cores are mostly one physical core, and edge and server may share a machine. With small tensors, threads
+    that wait for each other on busy cores cost far more than they give.
+    """
+    torch.set_num_threads(count or max(1, (os.cpu_count() or 1) // 2))
 
 
 def load_segment(checkpoint: Checkpoint, blocks: BlockRange, *, dtype: torch.dtype, device: torch.device) -> Segment:

@@ -61,13 +61,13 @@ class _PlannedAttention:
     write_slots: Tensor
     reads: dict[int, list[_Read]]
 
-    def __call__(self, block: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:  # noqa: N803
+    def __call__(self, block: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
         k_cache, v_cache = self.cache.block(block)
         k_cache.index_copy_(0, self.write_slots, k_NGK)
         v_cache.index_copy_(0, self.write_slots, v_NGK)
         out = torch.empty_like(q_NHK)
         for read in self.reads[self.windows[block]]:
-            k_SGK, v_SGK = _read(k_cache, read.slots), _read(v_cache, read.slots)  # noqa: N806
+            k_SGK, v_SGK = _read(k_cache, read.slots), _read(v_cache, read.slots)
             out[read.rows] = _attend(q_NHK[read.rows], k_SGK, v_SGK, read.mask)
         return out
 
@@ -131,7 +131,7 @@ def _read(cache: Tensor, slots: slice | Tensor) -> Tensor:
     return cache[slots] if isinstance(slots, slice) else cache.index_select(0, slots)
 
 
-def _attend(q_NHK: Tensor, k_SGK: Tensor, v_SGK: Tensor, mask_NS: Tensor | None) -> Tensor:  # noqa: N803
+def _attend(q_NHK: Tensor, k_SGK: Tensor, v_SGK: Tensor, mask_NS: Tensor | None) -> Tensor:
     """Attention of one run's rows over S keys; the query heads of one key head are packed with the rows."""
     rows, heads, width = q_NHK.shape
     groups = k_SGK.shape[1]
