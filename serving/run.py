@@ -69,7 +69,7 @@ def listen(settings: ServerSettings) -> socket.socket:
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         # A peer that stops reading must not hold a half-sent reply for ever; accepted sockets inherit this.
         bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNSENT_MS)
-    # asyncio sets this only on sockets it binds itself; with it off, a small reply can wait 40 ms for an acknowledgement.
+    # asyncio sets this only on sockets it binds itself; without it a small reply can wait 40 ms for the peer.
     bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     bound.setblocking(False)
     return bound
@@ -127,13 +127,17 @@ def run(settings: ServerSettings) -> int:
             settings.host,
         )
     with listen(settings) as bound:
-        asyncio.run(_serve(Core(settings, keys), bound))
+        core = Core(settings, keys)
+        config = make_config(core)
+        # uvloop where it is installed (the extra `scale`), else asyncio's own loop.
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            runner.run(_serve(core, config, bound))
     return 0
 
 
-async def _serve(core: Core, bound: socket.socket) -> None:
+async def _serve(core: Core, config: uvicorn.Config, bound: socket.socket) -> None:
     settings = core.settings
-    server = _Server(make_config(core))
+    server = _Server(config)
     scheme = "https" if settings.ssl_certfile else "http"
     address = Address(scheme, settings.host, bound.getsockname()[1])
     stop = asyncio.Event()
@@ -170,7 +174,7 @@ async def _load(core: Core, stopping: asyncio.Task[bool]) -> None:
 async def _say_goodbye(core: Core) -> None:
     core.closing.set()
     deadline = core.clock() + GOODBYE_SECONDS
-    while core.connections and core.clock() < deadline:
+    while core.connections and core.clock() < deadline:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
 
 

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 COMMANDS = {
     "demo": ("training.demo.train", "train the bundled demo model from nothing"),
     "demo-score": ("training.demo.evaluate", "score a demo model on stories it has never seen"),
+    "demo-score-split": ("training.demo.score_split", "the same through a running split-server"),
 }
 
 
 def usage() -> str:
     """Give the help text."""
-    lines = [f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<18}{text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(["usage: split-train COMMAND [OPTIONS]", "", *lines, "", "split-train COMMAND --help says more."])
 
 

@@ -47,7 +47,7 @@ def picture() -> str:
         box(30, 60, 110, 60, PAPER, "your text", "tokenizer"),
         box(165, 55, 130, 70, PAPER, "segment A", "embedding", "blocks 0 … p-1"),
         box(320, 60, 100, 60, PAPER, "noise", "clip, add"),
-        box(645, 60, 220, 230, PAPER, "segment B", "blocks p … L-q-1", "", "KV cache in pages", "one batch for all sessions"),
+        box(645, 60, 220, 230, PAPER, "segment B", "blocks p … L-q-1", "", "KV cache in pages", "one batch for all"),
         box(165, 225, 130, 70, PAPER, "segment C", "blocks L-q … L-1", "norm, LM head"),
         box(30, 230, 110, 60, PAPER, "sample", "next token"),
         arrow(140, 90, 163, 90, INK),

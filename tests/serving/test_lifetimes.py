@@ -114,35 +114,33 @@ async def test_grace_and_idle_expiry(make_place: Any, clock: Any, states: Floats
 
 async def test_a_slow_reader_is_cut_off_and_resumes(place: Any, states: Floats, whole: Whole) -> None:
     other = await (await place.connect("bob")).open(1, BLOCKS)
-    # 64 messages of 128 fp32 rows fill the pipe; then 100 kB of replies are more than may wait.
-    transport = InProcessTransport(
-        lambda channel: serve_channel(
-            place.core,
-            channel,
-            Principal(ANONYMOUS),
-            Connection(place.core, Principal(ANONYMOUS, NO_LIMITS), outgoing_bytes=100_000),
-        )
-    )
+    connections: list[Connection] = []
+
+    async def accept(channel: Any) -> None:
+        connections.append(Connection(place.core, Principal(ANONYMOUS), outgoing_bytes=50_000))
+        await serve_channel(place.core, channel, connections[0].principal, connections[0])
+
+    transport = InProcessTransport(accept)
     place.transports.push_async_callback(transport.aclose)
     edge = await RawEdge.greet(await transport.connect())
     session = await edge.open(1, BLOCKS)
-    kept = [states[:50], *[states[50:51]] * 120]
-    for number in range(120):
-        try:
-            await edge.send(session.step(0 if number == 0 else 50, kept[min(number, 1)], ack=max(0, number)))
-        except ChannelClosed:
-            break
-        entry = next(entry for entry in place.core.registry if entry.owner == ANONYMOUS)
-        await until(lambda entry=entry, number=number: entry.session.applied == number + 1 or entry.mailbox is None)
-        if entry.mailbox is not None and number > 60:
-            for _ in range(1000):
-                entry.mailbox.put(Frame(Kind.ERROR, payload=bytes(500)))
-    with pytest.raises(ChannelClosed) as closed:
-        while True:
-            await edge.channel.receive()
+    await session.run(0, states[:50])
+    # Nothing is read from here on: first the link fills up, then what waits behind it.
+    for _ in range(200):
+        connections[0].put(Frame(Kind.ERROR, payload=bytes(1000)))
+        await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        with pytest.raises(ChannelClosed) as closed:
+            await drain(edge)
     assert closed.value.code == SlowReader.close_code
     assert (await session.attach(await place.connect())).kind is Kind.ATTACH
+    same(await session.run(50, states[50:51]), whole(states[:51])[50:])
     same(await other.run(0, states[:4]), whole(states[:4]))
+
+
+async def drain(edge: RawEdge) -> None:
+    while True:
+        await edge.channel.receive()
 
 
 async def test_revoked_keys(make_place: Any, tmp_path: Path, states: Floats, monkeypatch: pytest.MonkeyPatch) -> None:

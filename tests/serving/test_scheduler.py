@@ -48,16 +48,15 @@ def test_budget_order_progress_and_no_starvation(work: tuple[int, int, list[list
     scheduler = Scheduler(max_rows, max_sequences)
     queues = {key: Queue(owner=f"owner-{key % 2}") for key in range(6)}
     deadline: dict[int, int] = {}
-    clock = passes = 0
-    for batch in [*arrivals, *[[]] * 200]:
+    clock = 0
+    for passes, batch in enumerate([*arrivals, *[[]] * 200], start=1):
         for key, rows in batch:
             waiting = sum(len(queue.steps) for queue in queues.values())
             queues[key].steps.append((clock, rows))
-            deadline[clock] = passes + waiting + 1
+            deadline[clock] = passes + waiting
             clock += 1
         candidates = candidates_of(queues)
         picks = scheduler.pick(candidates)
-        passes += 1
         assert bool(picks) == bool(candidates)
         assert len({pick.key for pick in picks}) == len(picks) <= max_sequences
         assert sum(pick.rows for pick in picks) <= max_rows
