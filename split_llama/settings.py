@@ -34,6 +34,8 @@ from split_llama.errors import UsageError
 SECTIONS = ("edge", "server", "train", "loadtest")
 PREFIX = "FL_LLAMA_"
 CONFIG_VARIABLE = "FL_LLAMA_CONFIG"
+# Where tests and benchmarks find their data: no setting of any component.
+DATA_VARIABLE = "FL_LLAMA_DATA"
 TRUE_WORDS = ("1", "true", "yes", "on")
 FALSE_WORDS = ("0", "false", "no", "off")
 
@@ -160,7 +162,8 @@ def _from_environment(section: str, fields: Iterable[str], environ: Mapping[str,
     foreign = tuple(f"{PREFIX}{other.upper()}_" for other in SECTIONS if other != section)
     layer: dict[str, tuple[object, str]] = {}
     for variable, value in environ.items():
-        if not variable.startswith(PREFIX) or variable == CONFIG_VARIABLE or variable.startswith(foreign):
+        named_elsewhere = variable in (CONFIG_VARIABLE, DATA_VARIABLE) or variable.startswith(foreign)
+        if named_elsewhere or not variable.startswith(PREFIX):
             continue
         if variable not in variables:
             raise UsageError(

@@ -125,3 +125,8 @@ def test_unknown_flag_and_subset_of_flags() -> None:
 def test_nearest_without_a_close_match() -> None:
     assert nearest("zzz", ["alpha", "beta"]) == "; known are alpha, beta"
     assert nearest("zzz", []) == ""
+
+
+def test_the_variable_of_the_test_data_is_no_setting(tmp_path: Path) -> None:
+    environ = {"FL_LLAMA_DATA": "/somewhere", "XDG_CONFIG_HOME": str(tmp_path)}
+    assert load_settings(Sample, "edge", environ=environ).settings == Sample()

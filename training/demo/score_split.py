@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import sys
 from collections.abc import Sequence
 
 from edge_client.runtime import EdgeRuntime
@@ -38,7 +39,7 @@ async def _score(settings: EdgeSettings, seed: int, count: int) -> None:
             for style in STYLES:
                 asked = cases(seed, count, split, style)
                 answers = await _answers(edge, [case.prompt for case in asked])
-                print(f"\nsplit {split}, {style}\n{table(grade(asked, answers))}", flush=True)
+                sys.stdout.write(f"\nsplit {split}, {style}\n{table(grade(asked, answers))}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
