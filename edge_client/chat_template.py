@@ -46,7 +46,7 @@ def load_template(folder: Path) -> str:
 class _Generation(Extension):
     """`{% generation %}` marks the answer for training; here its body is rendered as it is."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - declared by jinja2
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

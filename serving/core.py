@@ -63,6 +63,7 @@ class Core:
         self._worker: Worker | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._sweepers: list[Callable[[], None]] = []
+        self._broken = False
         self._register_gauges()
 
     def _register_gauges(self) -> None:
@@ -100,7 +101,7 @@ class Core:
     @property
     def is_healthy(self) -> bool:
         """Say whether the process can go on: false once the engine keeps failing."""
-        return self._worker is None or self._worker.is_healthy
+        return not self._broken and (self._worker is None or self._worker.is_healthy)
 
     def serve(self, hosted: Hosted) -> None:
         """Begin to work with a loaded model."""
@@ -136,7 +137,14 @@ class Core:
     def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._on_done)
+
+    def _on_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            # Nobody awaits these tasks, and without them steps would wait for ever.
+            self._broken = True
+            log.critical("a task of the server failed task=%s", task.get_name(), exc_info=task.exception())
 
     async def _sweep_often(self) -> None:
         while True:

@@ -30,6 +30,7 @@ from split_llama.transport.base import INTERNAL_ERROR, LINK_LOST, NORMAL_CLOSE, 
 from split_llama.wire.control import error_frame
 
 SEND_SECONDS = 20.0
+SENT_BYTES = 256 * 1024
 CLOSE_SECONDS = 3.0
 GOING_AWAY = 1001  # RFC 6455, section 7.4.1
 POST_SECONDS = 25.0
@@ -108,7 +109,8 @@ async def _read(channel: Channel, connection: Connection) -> None:
 
 
 async def _write(core: Core, channel: Channel, connection: Connection) -> None:
-    limit = core.hosted.max_message_bytes
+    # Smaller than what may be announced: a slow link gets through one message in SEND_SECONDS.
+    limit = min(core.hosted.max_message_bytes, SENT_BYTES)
     while await connection.outbox.wait():
         message = connection.outbox.take(limit)
         try:

@@ -31,6 +31,8 @@ FORCED_EXIT = 130
 PING_SECONDS = 20.0
 WS_MAX_BYTES = 2 * 2**20
 GOODBYE_SECONDS = 4.0
+# uvicorn logs this as an error whenever a WebSocket handshake is refused with a proper HTTP answer.
+DENIAL_NOISE = "ASGI callable returned without completing handshake."
 
 log = logging.getLogger("fl_llama.server")
 
@@ -47,6 +49,7 @@ def configure_logging(level: str) -> None:
     """Send structured lines to stderr: time, level, logger, message with key=value pairs. Never states, text or ids."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    handler.addFilter(lambda record: record.msg != DENIAL_NOISE)
     # uvicorn's own lines name every connection at level info; the server says itself what an operator needs.
     quiet = level.upper() if level in ("debug", "error") else "WARNING"
     for name, threshold in (("fl_llama", level.upper()), ("uvicorn", quiet)):

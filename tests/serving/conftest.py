@@ -51,7 +51,7 @@ def states() -> Floats:
 @pytest.fixture(scope="session")
 def whole(model_folder: Path, states: Floats) -> Callable[..., Floats]:
     """Outputs of the hosted blocks for rows fed as one fresh sequence: `whole(rows)` or `whole()` for all states."""
-    segment = load_hosted(ServerSettings(model=str(model_folder)), model_folder).engine.segment
+    segment = load_hosted(ServerSettings(model=str(model_folder), device="cpu"), model_folder).engine.segment
 
     def run(rows: Floats | None = None, blocks: tuple[int, int] = BLOCKS) -> Floats:
         rows = states if rows is None else rows
@@ -92,7 +92,7 @@ async def make_place(model_folder: Path) -> AsyncIterator[MakePlace]:
     places: list[Place] = []
 
     async def make(keys: KeyRing | None = None, clock: Callable[[], float] | None = None, **fields: Any) -> Place:
-        settings = ServerSettings(**({"model": str(model_folder), "max_num_seqs": 4} | fields))
+        settings = ServerSettings(**({"model": str(model_folder), "device": "cpu", "max_num_seqs": 4} | fields))
         timed = {} if clock is None else {"clock": clock}
         core = Core(settings, keys or KeyRing(), **timed)
         core.serve(load_hosted(settings, model_folder))

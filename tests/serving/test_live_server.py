@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -42,7 +44,7 @@ class Server:
             [sys.executable, "-m", "serving.cli", *arguments],
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "XDG_CONFIG_HOME": "/nonexistent", **(env or {})},
+            env={**os.environ, "XDG_CONFIG_HOME": "/nonexistent", "FL_LLAMA_SERVER_DEVICE": "cpu", **(env or {})},
         )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -85,6 +87,8 @@ def server(model_folder: Path) -> Iterator[Server]:
     running = Server(str(model_folder), "--port", "0", "--api-key", KEY).ready()
     yield running
     assert running.stop() == 0
+    # Whatever the tests did to it, it is not worth more than a line at level info.
+    assert not [line for line in running.lines if " INFO " not in line]
 
 
 def same(got: Floats, expected: Floats) -> None:
@@ -195,3 +199,42 @@ def test_a_second_signal_ends_at_once(model_folder: Path) -> None:
     server.process.send_signal(signal.SIGCONT)
     assert server.process.wait(5) == 130
     server.stop()
+
+
+@pytest.fixture
+def certificates(tmp_path: Path) -> Path:
+    """A CA, and a server's and a client's certificate signed by it, as NAME.pem and NAME.key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the openssl command")
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    openssl("req", "-x509", *curve, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=test CA", "-days", "2")
+    (tmp_path / "names").write_text("subjectAltName=IP:127.0.0.1")
+    for name in ("server", "client"):
+        openssl("req", *curve, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        signing = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "names")
+        openssl("x509", "-req", "-in", f"{name}.csr", *signing, "-out", f"{name}.pem")
+    return tmp_path
+
+
+async def test_tls_with_client_certificates(
+    model_folder: Path, certificates: Path, states: Floats, whole: Whole
+) -> None:
+    files = {"certfile": "server.pem", "keyfile": "server.key", "ca-certs": "ca.pem"}
+    flags = [text for flag, file in files.items() for text in (f"--ssl-{flag}", str(certificates / file))]
+    server = await asyncio.to_thread(lambda: Server(str(model_folder), "--port", "0", *flags).ready())
+    assert server.url.startswith("https://")
+    known = ssl.create_default_context(cafile=str(certificates / "ca.pem"))
+    with pytest.raises(ServerUnreachable):
+        await RawEdge.greet(await WebSocketTransport(server.url, ssl=known).connect())
+    known.load_cert_chain(certificates / "client.pem", certificates / "client.key")
+    edge = await RawEdge.greet(await WebSocketTransport(server.url, ssl=known).connect())
+    session = await edge.open(1, BLOCKS)
+    same(await session.run(0, states[:5]), whole(states[:5]))
+    await edge.channel.close()
+    with pytest.raises(ServerUnreachable, match="certificate"):
+        await WebSocketTransport(server.url).connect()
+    assert await asyncio.to_thread(server.stop) == 0

@@ -310,6 +310,23 @@ async def test_an_engine_failure_costs_one_pass(place: Any, states: Floats, whol
     place.check_pages()
 
 
+async def test_a_server_that_cannot_go_on_says_so(
+    place: Any, states: Floats, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = await opened(place)
+
+    def broken(candidates: Any) -> Any:
+        raise RuntimeError("a bug in the scheduler")
+
+    monkeypatch.setattr(place.core._scheduler, "pick", broken)
+    await session.edge.send(session.step(0, states[:1]))
+    async with asyncio.timeout(5):
+        while place.core.is_healthy:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+    assert not place.core.is_ready
+    assert "a bug in the scheduler" in caplog.text
+
+
 FRAMES = st.builds(
     Frame,
     kind=st.sampled_from(list(Kind)),

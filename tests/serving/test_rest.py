@@ -9,12 +9,14 @@ from typing import Any
 
 import httpx
 import pytest
-from raw_edge import Floats
+from raw_edge import Floats, RawEdge, RawSession
 
 from serving.app import create_app
 from serving.core import Core
 from serving.keys import KeyRing
 from serving.settings import ServerSettings
+from split_llama.wire.control import Hello
+from split_llama.wire.frame import Frame, Kind, encode_message, split_message
 
 BLOCKS = (1, 5)
 WEIGHTS = "/v1/model/edge/files/model.safetensors"
@@ -160,3 +162,21 @@ async def test_metrics_count_what_was_done(client: httpx.AsyncClient, place: Any
     for name in ("num_requests_running", "num_requests_waiting", "received_bytes_total", "model_pass_seconds_count"):
         assert f"fl_llama_{name}" in values
     assert session.payload.session not in text
+
+
+async def test_a_posted_connection_lapses(make_place: Any, clock: Any) -> None:
+    place = await make_place(clock=clock)
+    transport = httpx.ASGITransport(create_app(place.core))
+    opening = RawSession(RawEdge(None), 1, BLOCKS).opening(Kind.OPEN)  # type: ignore[arg-type]
+    hello = Frame(Kind.HELLO, payload=Hello(protocol=1, client="test").to_bytes())
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        named = {"X-FL-Connection": "a" * 32}
+        answer = await client.post("/v1/frames", content=encode_message([hello, opening]), headers=named)
+        assert [frame.kind for frame in split_message(answer.content)] == [Kind.HELLO, Kind.OPEN]
+        (entry,) = place.core.registry
+        clock.now += 59
+        place.core.sweep()
+        assert entry.mailbox is not None
+        clock.now += 2
+        place.core.sweep()
+        assert entry.mailbox is None
