@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 from serving.hosted import Hosted
+from serving.registry import Entry
 from split_llama.config import BlockRange, Partition
 from split_llama.errors import BadRequest, ModelMismatch, PartitionNotAllowed
 from split_llama.wire.codec import Codec
@@ -50,6 +51,19 @@ def check_request(hosted: Hosted, request: Open) -> None:
     blocks, count = BlockRange(*request.blocks), hosted.config.num_hidden_layers
     if blocks.stop > count:
         raise PartitionNotAllowed(f"blocks {blocks} asked for, the model has {count} blocks")
+
+
+def check_attach(entry: Entry, hosted: Hosted, request: Open) -> None:
+    """Check that ATTACH means the session as it was opened. Raises what `check_request` does, and `ModelMismatch`."""
+    check_request(hosted, request)
+    blocks = BlockRange(*request.blocks)
+    if blocks != entry.blocks:
+        raise ModelMismatch(f"ATTACH asks for blocks {blocks}, the session was opened over {entry.blocks}")
+    for name, theirs, ours in zip(
+        ("weights", "tokenizer"), (request.weights, request.tokenizer), entry.digests, strict=True
+    ):
+        if theirs is not None and ours is not None and theirs != ours:
+            raise ModelMismatch(f"ATTACH gives another {name} digest than the session was opened with")
 
 
 async def check_digests(hosted: Hosted, request: Open) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Coroutine
 from enum import Enum
 
-from serving.admission import check_digests, check_request
+from serving.admission import check_attach, check_digests, check_request
 from serving.hosted import Hosted
 from serving.keys import KeyRing, Principal
 from serving.metrics import Metrics
@@ -202,6 +202,7 @@ class Core:
             entry.answer = Kind.ATTACH
             self._verify(entry, request)
             return entry
+        check_attach(entry, self.hosted, request)
         entry.bind(mailbox, handle)
         entry.active_at, entry.answer = self.clock(), Kind.ATTACH
         if entry.verified:

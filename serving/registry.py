@@ -35,7 +35,10 @@ class Mailbox(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One session and what surrounds it. Only `Registry` and the connection that holds it change it."""
+    """One session and what surrounds it. Only `Registry` and the connection that holds it change it.
+
+    `digests` are those of weights and tokenizer as OPEN gave them.
+    """
 
     ident: str
     owner: str
@@ -44,6 +47,7 @@ class Entry:
     opened_at: float
     active_at: float
     secret_hash: bytes = field(repr=False)
+    digests: tuple[str | None, str | None]
     mailbox: Mailbox | None = None
     handle: int = 0
     detached_at: float | None = None
@@ -138,6 +142,7 @@ class Registry:
             opened_at=now,
             active_at=now,
             secret_hash=hash_secret(request.secret),
+            digests=(request.weights, request.tokenizer),
         )
         self._entries[entry.ident] = entry
         self._counts[entry.owner] += 1

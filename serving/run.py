@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 import uvicorn
 
 from serving.app import create_app
@@ -23,6 +22,7 @@ from serving.keys import KeyRing
 from serving.settings import ServerSettings
 from split_llama.errors import UsageError
 from split_llama.hub import fetch_model
+from split_llama.load import use_threads
 
 UNSENT_MS = 30_000
 LINGER_SECONDS = 3
@@ -182,8 +182,7 @@ async def _say_goodbye(core: Core) -> None:
 
 
 def _load_hosted(settings: ServerSettings) -> Hosted:
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    use_threads(settings.threads)
     # All tensors: the server also hands edges their slice.
     return load_hosted(settings, fetch_model(settings.model, lambda name: True))
 

@@ -67,6 +67,17 @@ def test_attach_needs_the_secret(client: Client, second: Client, states: Rows) -
     same(session.step(states[4:5]), plain(client, states[:5])[-1:])
 
 
+def test_attach_to_other_blocks_is_refused(client: Client, second: Client, states: Rows) -> None:
+    session = client.open()
+    session.step(states[:4])
+    start, stop = session.blocks
+    other = Session(second, 0, (start, stop - 1), id=session.id, secret=session.secret)
+    with pytest.raises(Refused) as refused:
+        second.attach(other)
+    assert refused.value.code == 23
+    same(session.step(states[4:5]), plain(client, states[:5])[-1:])
+
+
 def test_attach_to_an_unknown_session_is_answered_by_resync(client: Client, second: Client, states: Rows) -> None:
     session = client.open()
     session.step(states[:4])
