@@ -1,13 +1,13 @@
 """What the server can read: tokens recovered from the noised states by two attacks that need only public weights.
 
-    python -m benchmarks.recover_tokens MODEL [MODEL ...] [--texts 8 --tokens 32]
+    python -m benchmarks.recover_tokens MODEL [MODEL ...] [--tokens 24]
 
 - nearest embedding: each state is matched to the closest row of the token embedding;
 - vocabulary matching ("Hidden No More", arXiv 2505.18332): position by position, every token of the vocabulary is run
   through A behind the prefix recovered so far, and the one whose state lies nearest is taken.
 
 Controls: clean states (noise 0) must be recovered, states shuffled over positions must not. Clipping is off: it can
-only bind on rows whose norm is unusual. The texts are the model's own greedy continuations of random prompts.
+only bind on rows whose norm is unusual.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from benchmarks.agreement import Pipeline, greedy_text
 from benchmarks.common import record
-from split_llama.checkpoint import Checkpoint
-from split_llama.config import Partition
 from split_llama.hub import resolve_model
-from split_llama.wire.codec import Codec
 
 MEAN_ABS = (0.0, 0.02, 0.1, 0.2, 0.4, 1.0)
+TEXTS = (
+    "Emma and Ben are in the garden. Emma takes the red ball and walks to the kitchen with it.",
+    "Once upon a time there was a little girl who wanted to go to the park with her dog.",
+    "Tom leaves the book in the library. Then he goes to the office. Where is the book?",
+    "The doctor said that the tests were fine, and that she could go home on Monday.",
+)
 
 
 class Attacker:
@@ -108,15 +111,14 @@ def main() -> None:
     """Run and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL")
-    parser.add_argument("--texts", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=24)
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
     for model in options.models:
         folder = resolve_model(model)
-        writer = Pipeline(Checkpoint.open(folder), Partition(1, 1), "float32", Codec.FP32)
-        texts = [greedy_text(writer, seed, options.tokens) for seed in range(options.texts)]
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        texts = [tokenizer.encode(text).ids[: options.tokens] for text in TEXTS]
         for p in (1, 2, 3):
             rows += attack(folder, texts, p)
     record("recover_tokens", {"rows": rows})
