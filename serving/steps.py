@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from split_llama.draft_tree import check_path
 from split_llama.errors import BadRequest, BadStates, ContextExceeded, PositionGap
 from split_llama.wire.codec import Codec
 from split_llama.wire.frame import Flag, Frame, Kind
-from split_llama.wire.step import check_path, parse_step, reply_rows
+from split_llama.wire.step import parse_step, reply_rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,31 +7,11 @@ they lie at `[committed, length)`.
 from __future__ import annotations
 
 from split_llama.config import BlockRange
+from split_llama.draft_tree import check_path, check_tree, is_chain
 from split_llama.engine.pages import CopyPage, MoveSlots, PagePool
 from split_llama.engine.plan import SequenceRun
 from split_llama.errors import BadRequest, ContextExceeded, PositionGap
-from split_llama.mask import MAX_TREE_NODES, MaskDescriptor
-
-
-def is_chain(tree: tuple[int, ...]) -> bool:
-    """Say whether every node's parent is the node before it."""
-    return all(bits == (2 << node) - 1 for node, bits in enumerate(tree))
-
-
-def check_tree(tree: tuple[int, ...]) -> None:
-    """Raise `BadRequest` unless `tree` is a rooted tree in topological order, one int of ancestor bits per node.
-
-    Bit `i` of node `n` says that node `i` is an ancestor of `n` or `n` itself. Node 0 is the root.
-    """
-    if not 1 <= len(tree) <= MAX_TREE_NODES:
-        raise BadRequest(f"a draft has 1 to {MAX_TREE_NODES} nodes, got {len(tree)}")
-    for node, bits in enumerate(tree):
-        others = bits ^ (1 << node)
-        parent = others.bit_length() - 1
-        if not bits >> node & 1 or parent >= node or (node > 0 and (parent < 0 or others != tree[parent])):
-            raise BadRequest(
-                f"draft node {node} has ancestor bits {bits:#x}; they must be its own and those of one earlier node"
-            )
+from split_llama.mask import MaskDescriptor
 
 
 class Sequence:
@@ -107,13 +87,7 @@ class Sequence:
 
         Raises `BadRequest` when they are not a path from the root of the pending draft.
         """
-        if any(node >= len(self._draft) for node in nodes):
-            raise BadRequest(f"accept names node {max(nodes)}, the pending draft has {len(self._draft)} nodes")
-        path = 0
-        for node in nodes:
-            path |= 1 << node
-            if self._draft[node] != path:
-                raise BadRequest(f"accept {list(nodes)} is no path from the draft's root at node {node}")
+        check_path(nodes, len(self._draft), self._draft)
         base = self.committed
         moves = [(base + node, base + place) for place, node in enumerate(nodes) if node != place]
         if moves:

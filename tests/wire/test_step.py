@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from split_llama.draft_tree import check_path, check_tree
 from split_llama.errors import BadRequest, BadStates, RequestRefused
 from split_llama.wire.codec import Codec, row_bytes
 from split_llama.wire.frame import HEADER_SIZE, Flag, Frame, Kind, frame_limit
-from split_llama.wire.step import build_step, check_path, check_tree, max_rows, parse_step, reply_rows
+from split_llama.wire.step import build_step, max_rows, parse_step, reply_rows
 
 WIDTH = 64
 

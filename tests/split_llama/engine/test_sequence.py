@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
 from split_llama.config import BlockRange
+from split_llama.draft_tree import check_tree, is_chain
 from split_llama.engine.pages import CopyPage, MoveSlots, PagePool, ZeroPages
 from split_llama.engine.plan import SequenceRun
-from split_llama.engine.sequence import Sequence, check_tree, is_chain
+from split_llama.engine.sequence import Sequence
 from split_llama.errors import BadRequest, ContextExceeded, OutOfPages, PositionGap
 
 BLOCKS = BlockRange(1, 3)
