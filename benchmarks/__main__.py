@@ -15,6 +15,7 @@ def commands() -> list[list[str]]:
     return [
         ["split_decode"],
         ["wire_bytes"],
+        ["products"],
         ["ablation"],
         ["startup"],
         ["agreement", *models],

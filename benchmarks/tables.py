@@ -42,6 +42,15 @@ def wire_bytes(result: Mapping[str, Any]) -> str:
     return markdown(["width", "codec", "payload", "up", "down"], rows)
 
 
+def products(result: Mapping[str, Any]) -> str:
+    """Gigabytes of weights per second by shape and rows."""
+    rows = [
+        [f"{row['out']} x {row['in']}", row["rows"], f"{row['linear_gb_s']:.1f}", f"{row['project_gb_s']:.1f}"]
+        for row in result["rows"]
+    ]
+    return markdown(["weights", "rows", "`F.linear`, GB/s", "`project`, GB/s"], rows)
+
+
 def ablation(result: Mapping[str, Any]) -> str:
     """Milliseconds and bytes per token by context, cache and mask."""
     rows = [
@@ -97,7 +106,8 @@ def recover_tokens(result: Mapping[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    function.__name__: function for function in (split_decode, wire_bytes, ablation, startup, agreement, recover_tokens)
+    function.__name__: function
+    for function in (split_decode, wire_bytes, products, ablation, startup, agreement, recover_tokens)
 }
 
 

@@ -38,7 +38,7 @@ from edge_client.weights import Progress
 from edge_client.worker import EdgeWorker
 from split_llama.checkpoint import Checkpoint
 from split_llama.errors import ContextExceeded, UsageError
-from split_llama.load import parse_device, parse_dtype, use_threads
+from split_llama.load import parse_device, parse_dtype, set_up_cpu
 from split_llama.noise import NoiseScope, NoiseSpec, PrefixNoise, calibrate_clip
 from split_llama.transport.base import Transport
 from split_llama.transport.http import HttpTransport
@@ -172,7 +172,7 @@ def _transports(settings: EdgeSettings) -> list[Transport]:
 
 
 def _load(settings: EdgeSettings, source: ModelSource, max_sessions: int) -> tuple[EdgeModel, NoiseSpec]:
-    use_threads(settings.threads)
+    set_up_cpu(settings.threads)
     device = parse_device(settings.device)
     name = settings.dtype
     if name == "auto":

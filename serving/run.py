@@ -22,7 +22,7 @@ from serving.keys import KeyRing
 from serving.settings import ServerSettings
 from split_llama.errors import UsageError
 from split_llama.hub import fetch_model
-from split_llama.load import use_threads
+from split_llama.load import set_up_cpu
 
 UNSENT_MS = 30_000
 LINGER_SECONDS = 3
@@ -182,7 +182,7 @@ async def _say_goodbye(core: Core) -> None:
 
 
 def _load_hosted(settings: ServerSettings) -> Hosted:
-    use_threads(settings.threads)
+    set_up_cpu(settings.threads)
     # All tensors: the server also hands edges their slice.
     return load_hosted(settings, fetch_model(settings.model, lambda name: True))
 

@@ -1,0 +1,1 @@
+"""Split fine-tuning, and the training of the bundled demo model."""

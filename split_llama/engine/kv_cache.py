@@ -30,9 +30,9 @@ class KVCache:
         shape = (len(blocks), num_pages, page_size, config.num_key_value_heads, config.head_dim)
         self.blocks = blocks
         self.page_size = page_size
-        # Zeros come from the operating system lazily: pages never written cost no memory on the CPU.
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        # Not cleared: what was never written is never visible, and on a CPU untouched pages cost no memory.
+        self.k = torch.empty(shape, dtype=dtype, device=device)
+        self.v = torch.empty(shape, dtype=dtype, device=device)
 
     def block(self, index: int) -> tuple[Tensor, Tensor]:
         """K and V of block `index` (numbered over the whole model) as `[slots, kv_heads, head_dim]` views."""

@@ -10,10 +10,11 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from training.demo.corpus import EASY, documents
+from training.demo.corpus import USUAL, Mix, documents
 from training.demo.tokenizer import DocumentEncoder
 
 _POOL_DOCUMENTS = 1000
+_YES_NO_POOLS = range(22, 42)
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,12 @@ class Batch:
 def pool(encoder: DocumentEncoder, seed: int, index: int, batch_tokens: int, context: int) -> Iterator[Batch]:
     """The batches of pool `index` (1000 documents), the same for the same arguments; at most `context` tokens a row."""
     # Lookups are learned sooner from small stories: nearly all at first, the usual share from pool 14 on.
-    easy = max(EASY, 1.0 - index / 20)
+    easy = max(USUAL.easy, 1.0 - index / 20)
+    # Comparing a claim with a fact comes last, and takes practice once the facts are found.
+    yes_no = 0.75 if index in _YES_NO_POOLS else USUAL.yes_no
     encoded = []
     # Pools of one run, and runs with other seeds, must not share documents.
-    for document in islice(documents(seed * 1_000_003 + index, easy), _POOL_DOCUMENTS):
+    for document in islice(documents(seed * 1_000_003 + index, Mix(easy, yes_no)), _POOL_DOCUMENTS):
         ids, weights = encoder.encode(document)
         encoded.append((ids[:context], weights[:context]))
     encoded.sort(key=lambda pair: len(pair[0]))

@@ -25,9 +25,11 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 
-EASY = 0.3
 _STORY_WEIGHT = 0.3
 _USER_WEIGHT = 0.1
+_VERDICT_WEIGHT = 3.0
+# One story in six ends by itself, the others go on to questions; this keeps greedy stories from going on for ever.
+_STORY_END_WEIGHT = 6.0
 
 _SYSTEM_PROMPTS = (
     "You answer questions about a story.",
@@ -44,6 +46,17 @@ _SMALL_TALK = (
     ("Thanks!", "You are welcome."),
 )
 _STORY_REQUESTS = ("Tell me a story.", "Tell me a short story.", "Tell me a story about {}.", "Write a story about {}.")
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Shares of the corpus: `easy` of the stories are small, `yes_no` of the questions want a verdict."""
+
+    easy: float = 0.3
+    yes_no: float = 0.45
+
+
+USUAL = Mix()
 
 
 class Message(TypedDict):
@@ -64,16 +77,14 @@ class Piece:
 Document = tuple[Piece, ...]
 
 
-def documents(seed: int, easy: float = EASY) -> Iterator[Document]:
-    """An endless stream of training documents, the same for the same arguments; BOS and EOS are written out in them.
-
-    `easy` is the share of small stories.
-    """
+def documents(seed: int, mix: Mix = USUAL) -> Iterator[Document]:
+    """An endless stream of training documents, the same for the same arguments; BOS and EOS are written out."""
     rng = random.Random(seed)
     makers = (_plain_story, _labelled_questions, _bare_questions, _chat_about_story, _chat_with_story, _small_talk)
     while True:
         (maker,) = rng.choices(makers, weights=(6, 20, 10, 56, 5, 3))
-        yield (Piece(BOS, 0.0), *maker(rng, easy), Piece(EOS, 1.0))
+        end = _STORY_END_WEIGHT if maker is _plain_story else 1.0
+        yield (Piece(BOS, 0.0), *maker(rng, mix), Piece(EOS, end))
 
 
 def story_text(events: Sequence[Event], tense: Tense, rng: random.Random) -> str:
@@ -86,12 +97,18 @@ def chat_pieces(messages: Sequence[Message]) -> Document:
     pieces: list[Piece] = []
     for message in messages:
         weight = 1.0 if message["role"] == "assistant" else _USER_WEIGHT
-        pieces += [
-            Piece(f"<|{message['role']}|>\n", 0.0),
-            Piece(message["content"] + END, weight),
-            Piece("\n", 0.0),
-        ]
+        pieces.append(Piece(f"<|{message['role']}|>\n", 0.0))
+        pieces += _weighted(message["content"] + END, weight)
+        pieces.append(Piece("\n", 0.0))
     return tuple(pieces)
+
+
+def _weighted(text: str, weight: float) -> list[Piece]:
+    """One piece, or two when a verdict comes first: that single word is all the thinking of a yes/no answer."""
+    verdict, comma, rest = text.partition(",")
+    if verdict.strip() in ("Yes", "No"):
+        return [Piece(verdict, _VERDICT_WEIGHT * weight), Piece(comma + rest, weight)]
+    return [Piece(text, weight)]
 
 
 def render_chat(messages: Sequence[Message]) -> str:
@@ -99,19 +116,19 @@ def render_chat(messages: Sequence[Message]) -> str:
     return "".join(piece.text for piece in chat_pieces(messages)) + "<|assistant|>\n"
 
 
-def draw_kind(rng: random.Random) -> QuestionKind:
-    """The kind of the next question: yes/no and where/who alike often, sometimes a summary."""
+def draw_kind(rng: random.Random, mix: Mix = USUAL) -> QuestionKind:
+    """The kind of the next question: usually yes/no and where/who alike often, sometimes a summary."""
     group = rng.random()
-    if group < 0.45:
+    if group < mix.yes_no:
         return rng.choices(YES_NO, weights=(4, 2, 4))[0]
-    if group < 0.9:
+    if group < mix.yes_no + (1.0 - mix.yes_no) * 9 / 11:
         return rng.choices(LOOKUP, weights=(6, 6, 4, 4, 1))[0]
     return "summary"
 
 
-def draw_story(rng: random.Random, split: Split, easy: float = EASY) -> Narrator:
-    """A story of usual size: 2 to 4 people, 1 to 3 things and 2 to 6 deeds; a share of `easy` is smaller than that."""
-    if rng.random() < easy:
+def draw_story(rng: random.Random, split: Split, mix: Mix = USUAL) -> Narrator:
+    """A story of usual size: 2 to 4 people, 1 to 3 things and 2 to 6 deeds; some are smaller than that."""
+    if rng.random() < mix.easy:
         return tell(rng, split, rng.randint(2, 3), 1, rng.randint(1, 4))
     return tell(rng, split, rng.randint(2, 4), rng.randint(1, 3), rng.randint(2, 6))
 
@@ -125,55 +142,58 @@ def _tense(rng: random.Random) -> Tense:
     return rng.choice(("present", "past"))
 
 
-def _plain_story(rng: random.Random, easy: float) -> Document:
-    return (Piece(_told(draw_story(rng, "train", easy), rng, _tense(rng)), _STORY_WEIGHT),)
+def _plain_story(rng: random.Random, mix: Mix) -> Document:
+    return (Piece(_told(draw_story(rng, "train", mix), rng, _tense(rng)), _STORY_WEIGHT),)
 
 
-def draw_question(rng: random.Random, narrator: Narrator, asked: set[str]) -> Question:
+def draw_question(rng: random.Random, narrator: Narrator, asked: set[str], mix: Mix = USUAL) -> Question:
     """A question that is not in `asked` (unless luck runs out), which it then joins."""
     for _ in range(8):
-        question = ask(narrator.world, draw_kind(rng), narrator.split, rng)
+        question = ask(narrator.world, draw_kind(rng, mix), narrator.split, rng)
         if question.text not in asked:
             break
     asked.add(question.text)
     return question
 
 
-def _questions(rng: random.Random, narrator: Narrator, count: int) -> list[Question]:
+def _questions(rng: random.Random, narrator: Narrator, count: int, mix: Mix) -> list[Question]:
     asked: set[str] = set()
-    return [draw_question(rng, narrator, asked) for _ in range(count)]
+    return [draw_question(rng, narrator, asked, mix) for _ in range(count)]
 
 
-def _labelled_questions(rng: random.Random, easy: float) -> Document:
-    narrator = draw_story(rng, "train", easy)
+def _labelled_questions(rng: random.Random, mix: Mix) -> Document:
+    narrator = draw_story(rng, "train", mix)
     pieces = [Piece(_told(narrator, rng, _tense(rng)), _STORY_WEIGHT)]
-    for question in _questions(rng, narrator, rng.randint(3, 7)):
+    for question in _questions(rng, narrator, rng.randint(3, 7), mix):
         label = "\nSummary:" if question.kind == "summary" else f"\nQuestion: {question.text}\nAnswer:"
-        pieces += [Piece(label, 0.0), Piece(" " + question.answer + EOS, 1.0)]
-    return tuple(pieces[:-1]) + (Piece(pieces[-1].text.removesuffix(EOS), 1.0),)
+        pieces += [Piece(label, 0.0), *_weighted(" " + question.answer + EOS, 1.0)]
+    return *pieces[:-1], Piece(pieces[-1].text.removesuffix(EOS), 1.0)
 
 
-def _bare_questions(rng: random.Random, easy: float) -> Document:
-    narrator = draw_story(rng, "train", easy)
+def _bare_questions(rng: random.Random, mix: Mix) -> Document:
+    narrator = draw_story(rng, "train", mix)
     pieces = [Piece(_told(narrator, rng, _tense(rng)), _STORY_WEIGHT)]
-    for question in _questions(rng, narrator, rng.randint(3, 6)):
-        pieces += [Piece(" " + question.text, 0.0), Piece(" " + question.answer + EOS, 1.0)]
-    return tuple(pieces[:-1]) + (Piece(pieces[-1].text.removesuffix(EOS), 1.0),)
+    for question in _questions(rng, narrator, rng.randint(3, 6), mix):
+        pieces += [Piece(" " + question.text, 0.0), *_weighted(" " + question.answer + EOS, 1.0)]
+    return *pieces[:-1], Piece(pieces[-1].text.removesuffix(EOS), 1.0)
 
 
-def _chat_about_story(rng: random.Random, easy: float) -> Document:
+def _chat_about_story(rng: random.Random, mix: Mix) -> Document:
     # One chat in ten is long, so that later positions are trained too.
     turns = rng.randint(8, 24) if rng.random() < 0.1 else rng.randint(3, 7)
-    return chat_pieces(chat(rng, draw_story(rng, "train", easy), turns)[0])
+    return chat_pieces(chat(rng, draw_story(rng, "train", mix), turns, mix)[0])
 
 
-def chat(rng: random.Random, narrator: Narrator, turns: int) -> tuple[list[Message], list[QuestionKind]]:
+def chat(
+    rng: random.Random, narrator: Narrator, turns: int, mix: Mix = USUAL
+) -> tuple[list[Message], list[QuestionKind]]:
     """A chat of `turns` questions about the narrator's story, which now and then goes on; and the questions' kinds."""
-    messages, kinds, asked = _system(rng), [], set()
-    tense = _tense(rng)
+    messages, tense = _system(rng), _tense(rng)
+    kinds: list[QuestionKind] = []
+    asked: set[str] = set()
     new = _told(narrator, rng, tense)
     for _ in range(turns):
-        question = draw_question(rng, narrator, asked)
+        question = draw_question(rng, narrator, asked, mix)
         content = f"{new}{rng.choice((' ', chr(10)))}{question.text}" if new else question.text
         messages += [Message(role="user", content=content), Message(role="assistant", content=question.answer)]
         kinds.append(question.kind)
@@ -190,8 +210,8 @@ def _system(rng: random.Random) -> list[Message]:
     return [Message(role="system", content=rng.choice(_SYSTEM_PROMPTS))] if rng.random() < 0.25 else []
 
 
-def _chat_with_story(rng: random.Random, easy: float) -> Document:
-    narrator = draw_story(rng, "train", easy)
+def _chat_with_story(rng: random.Random, mix: Mix) -> Document:
+    narrator = draw_story(rng, "train", mix)
     people = list(narrator.world.place_of)
     who = " and ".join(people) if len(people) == 2 else people[0]
     asked = rng.choice(_STORY_REQUESTS).format(who)
@@ -200,6 +220,6 @@ def _chat_with_story(rng: random.Random, easy: float) -> Document:
     return *user, *(Piece(piece.text, min(piece.weight, _STORY_WEIGHT)) for piece in answer)
 
 
-def _small_talk(rng: random.Random, easy: float) -> Document:
+def _small_talk(rng: random.Random, mix: Mix) -> Document:
     asked, answer = rng.choice(_SMALL_TALK)
     return chat_pieces([*_system(rng), Message(role="user", content=asked), Message(role="assistant", content=answer)])

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
 from split_llama.demo import demo_model_path
-from training.demo import wording
 from training.demo.corpus import chat, draw_question, draw_story, render_chat, story_text
 from training.demo.wording import LOOKUP, YES_NO, QuestionKind
 from training.demo.world import Split
@@ -23,6 +24,7 @@ from training.demo.world import Split
 Style = Literal["plain", "chat"]
 Group = Literal["yes/no", "where/who", "summary"]
 
+HELD_OUT: tuple[Split, ...] = ("story", "pair")
 STYLES: tuple[Style, ...] = ("plain", "chat")
 GROUPS: tuple[Group, ...] = ("yes/no", "where/who", "summary")
 MAX_ANSWER_TOKENS = 64
@@ -120,14 +122,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, default=demo_model_path(), help="model folder (default: the bundled one)")
     parser.add_argument("--count", type=int, default=1000, help="questions for each table (default: 1000)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the held-out stories (default: 1)")
-    parser.add_argument("--sigma", type=float, nargs="+", default=[0.0, 0.025], help="noise after block 1 (default: 0 0.025)")
+    parser.add_argument("--sigma", type=float, nargs="+", default=[0.0, 0.025], help="noise after the first block")
     options = parser.parse_args(arguments)
     for sigma in options.sigma:
         generator = Generator.load(options.model, sigma)
-        for split, style in ((split, style) for split in ("story", "pair") for style in STYLES):
+        for split, style in product(HELD_OUT, STYLES):
             asked = cases(options.seed, options.count, split, style)
             answers = generator.answers([case.prompt for case in asked], MAX_ANSWER_TOKENS)
-            print(f"\nsplit {split}, {style}, sigma {sigma}\n{table(grade(asked, answers))}", flush=True)
+            sys.stdout.write(f"\nsplit {split}, {style}, sigma {sigma}\n{table(grade(asked, answers))}\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ def noise_after_block(model: LlamaForCausalLM, block: int, sigma: Tensor | float
             noise[:, 0] = 0.0
         return output + noise
 
-    return model.model.layers[block].register_forward_hook(hook)
+    layer: nn.Module = model.model.layers[block]
+    return layer.register_forward_hook(hook)
 
 
 class Generator:
@@ -39,7 +40,8 @@ class Generator:
     @classmethod
     def load(cls, folder: Path, sigma: float = 0.0) -> Generator:
         """Load a model folder in fp32; `sigma` is the noise after the first block."""
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model.train(False)
         if sigma:
             noise_after_block(model, 0, sigma)
         return cls(model, Tokenizer.from_file(str(folder / "tokenizer.json")), model.generation_config.eos_token_id)

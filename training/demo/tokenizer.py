@@ -1,4 +1,4 @@
-"""The demo's tokenizer: byte-level BPE trained on the corpus, so every common word is one token and any text encodes."""
+"""The demo's tokenizer: byte-level BPE trained on the corpus. Every word of it is one token, and any text encodes."""
 
 from __future__ import annotations
 

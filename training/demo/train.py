@@ -1,34 +1,39 @@
 """Train the demo model from nothing: ``python -m training.demo.train --out FOLDER --minutes 60``.
 
-Gaussian noise after one of the first three blocks is part of training, because the edge adds noise there.
+It learns from answers, and from the hints of `guide`, without which it would need many times as long. Gaussian noise
+after one of the first three blocks is part of training, because the edge adds noise there.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import random
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from training.demo.batches import Batch, pool
-from training.demo.corpus import BOS, END, EOS, PAD
 from training.demo.evaluate import MAX_ANSWER_TOKENS, STYLES, cases, grade
 from training.demo.generate import Generator, noise_after_block
-from training.demo.tokenizer import DocumentEncoder, save_tokenizer, train_tokenizer
+from training.demo.guide import FACT_STATES, SUBJECT_STATES, VERDICT_STATES, Guide
+from training.demo.model import CONTEXT, build_model, write_model
+from training.demo.tokenizer import DocumentEncoder, train_tokenizer
 
-CONTEXT = 1024
+_log = logging.getLogger(__name__)
+
 _NOISE_SIGMA = 0.05
 _NOISE_BLOCKS = 3
+_SUBJECT_WEIGHT = 0.3
+_LOOKUP_WEIGHT = 0.1
+_VERDICT_WEIGHT = 2.0
 
 
 @dataclass(frozen=True)
@@ -57,51 +62,6 @@ class Settings:
         return min(1.0, seconds / (60 * self.minutes))
 
 
-def build_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
-    """A fresh fp32 model of the demo's geometry; its initial weights come from torch's global generator."""
-    config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=128,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        intermediate_size=384,
-        max_position_embeddings=CONTEXT,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-        bos_token_id=tokenizer.token_to_id(BOS),
-        eos_token_id=tokenizer.token_to_id(EOS),
-        pad_token_id=tokenizer.token_to_id(PAD),
-    )
-    model = LlamaForCausalLM(config)
-    # Half as fast again as the fused kernel, whose backward pass on CPUs dominates at these lengths.
-    model.set_attn_implementation("eager")
-    # Rows much larger than the default 0.02, so that the noise after the first block does not drown the words.
-    nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id,
-        eos_token_id=[config.eos_token_id, tokenizer.token_to_id(END)],
-        pad_token_id=config.pad_token_id,
-        do_sample=False,
-    )
-    return model
-
-
-def write_model(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
-    """Write the model folder in bfloat16, each file complete before it takes its name."""
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as name:
-        folder = Path(name)
-        stored = LlamaForCausalLM(model.config)
-        stored.load_state_dict(model.state_dict())
-        stored.generation_config = model.generation_config
-        stored.to(torch.bfloat16).save_pretrained(folder)
-        save_tokenizer(tokenizer, folder, CONTEXT)
-        for file in folder.iterdir():
-            os.replace(file, out / file.name)
-
-
 def learning_rate(progress: float) -> float:
     """The share of the peak rate: a short warm-up, a plateau, then a straight line down to zero."""
     return min(1.0, progress / 0.01, (1.0 - progress) / 0.45)
@@ -124,8 +84,10 @@ class Trainer:
         self.device = _device(settings.device)
         self.tokenizer = train_tokenizer(settings.seed)
         self.encoder = DocumentEncoder(self.tokenizer)
-        self.model = build_model(self.tokenizer).to(self.device)
-        self.optimizers = _optimizers(self.model, settings.lr)
+        self.model = build_model(self.tokenizer)
+        nn.Module.to(self.model, self.device)
+        self.guide = Guide(self.tokenizer, self.model.config.hidden_size).to(self.device)
+        self.optimizers = _optimizers(self.model, self.guide, settings.lr)
         self.pool = self.tokens = 0
         self.seconds = 0.0
         self._state = settings.out.with_name(settings.out.name + ".state.pt")
@@ -158,6 +120,7 @@ class Trainer:
             self.pool += 1
 
     def _step(self, batch: Batch, progress: float) -> Tensor:
+        """One update; returns the loss without the hints."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate(progress)
@@ -165,38 +128,62 @@ class Trainer:
         sigma = torch.rand(len(batch.ids), 1, 1, device=self.device) * _NOISE_SIGMA * min(1.0, progress / 0.1)
         noise = noise_after_block(self.model, self._random.randrange(_NOISE_BLOCKS), sigma)
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
-            loss = weighted_loss(self.model(input_ids=batch.ids, use_cache=False).logits, batch)
+            output = self.model(input_ids=batch.ids, use_cache=False, output_hidden_states=True, output_attentions=True)
+            loss = weighted_loss(output.logits, batch)
+            subject = self.guide.subject_loss(output.hidden_states[SUBJECT_STATES], batch.ids)
+            lookup = self.guide.lookup_loss(output.attentions, batch)
+            claim = self._claim_loss(output.hidden_states, batch)
         noise.remove()
-        loss.backward()
+        torch.autograd.backward(loss + _SUBJECT_WEIGHT * subject + _LOOKUP_WEIGHT * lookup + claim)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         return loss.detach()
 
+    def _claim_loss(self, states: Sequence[Tensor], batch: Batch) -> Tensor:
+        """How badly the head reads the true fact, and later Yes or No, off a question's claim in the blocks' states."""
+        verdicts = self.guide.verdicts(batch)
+        facts = self.guide.first_facts(batch, verdicts, self.guide.sources(batch))
+        if len(verdicts.rows) == 0 or not (facts >= 0).any():
+            return states[0].sum() * 0.0
+        found = self._read(states[FACT_STATES][verdicts.rows, verdicts.asked][facts >= 0])
+        said = self._read(states[VERDICT_STATES][verdicts.rows, verdicts.asked])
+        words = batch.ids[verdicts.rows, facts][facts >= 0]
+        return cross_entropy(found, words) + _VERDICT_WEIGHT * cross_entropy(said, verdicts.ids)
+
+    def _read(self, states: Tensor) -> Tensor:
+        logits: Tensor = self.model.lm_head(self.model.model.norm(states))
+        return logits.float()
+
     def _show(self, step: int, loss: float, done: float) -> None:
         left = self.seconds / max(done, 1e-9) * (1 - done)
         rate = self.tokens / self.seconds
-        print(
-            f"step {step} loss {loss:.4f} tokens {self.tokens:,} ({rate:,.0f}/s) {done:.1%} ETA {left / 60:.1f} min",
-            flush=True,
+        _log.info(
+            "step %d loss %.4f tokens %d (%.0f/s) %.1f%% ETA %.1f min",
+            step,
+            loss,
+            self.tokens,
+            rate,
+            100 * done,
+            left / 60,
         )
 
     @torch.no_grad()
-    def _evaluate(self, count: int = 200) -> None:
-        self.model.eval()
+    def _evaluate(self, count: int = 100) -> None:
+        self.model.train(False)
         generator = Generator(self.model, self.tokenizer, self.model.generation_config.eos_token_id)
         for style in STYLES:
             asked = cases(0, count, "pair", style)
             tallies = grade(asked, generator.answers([case.prompt for case in asked], MAX_ANSWER_TOKENS))
-            kinds = {name: f"{tally.accuracy:.0%}" for name, tally in tallies.items()}
-            print(f"held-out {style}: " + ", ".join(f"{name} {share}" for name, share in kinds.items()), flush=True)
+            _log.info("held-out %s: %s", style, ", ".join(f"{name} {t.accuracy:.0%}" for name, t in tallies.items()))
         self.model.train()
 
     def _save(self) -> None:
         write_model(self.model, self.tokenizer, self.settings.out)
         state = {
             "model": self.model.state_dict(),
+            "guide": self.guide.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "progress": (self.pool, self.tokens, self.seconds),
         }
@@ -206,6 +193,7 @@ class Trainer:
     def _load(self) -> None:
         state = torch.load(self._state, map_location=self.device)
         self.model.load_state_dict(state["model"])
+        self.guide.load_state_dict(state["guide"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.pool, self.tokens, self.seconds = state["progress"]
@@ -215,10 +203,10 @@ def _device(name: str) -> torch.device:
     return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
+def _optimizers(model: LlamaForCausalLM, guide: Guide, lr: float) -> list[torch.optim.Optimizer]:
     blocks = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
     inside = set(map(id, blocks))
-    others = [weight for weight in model.parameters() if id(weight) not in inside]
+    others = [weight for weight in (*model.parameters(), *guide.parameters()) if id(weight) not in inside]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.Muon(blocks, lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr / 2, betas=(0.9, 0.98), weight_decay=0.0),
@@ -237,7 +225,9 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=float, help="how long to train")
     length.add_argument("--tokens", type=int, help="how many tokens to train on")
-    parser.add_argument("--batch-tokens", type=int, default=Settings.batch_tokens, help="tokens of a batch (default: %(default)s)")
+    parser.add_argument(
+        "--batch-tokens", type=int, default=Settings.batch_tokens, help="tokens of a batch (default: %(default)s)"
+    )
     parser.add_argument("--lr", type=float, default=Settings.lr, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for torch's choice (default: 0)")
@@ -248,6 +238,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
 
 def main() -> None:
     """The command."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     settings = parse()
     if settings.threads:
         torch.set_num_threads(settings.threads)

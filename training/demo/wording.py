@@ -57,19 +57,18 @@ def _patterns(event: Event, tense: Tense) -> tuple[str, ...]:
     if event.kind == "stand":
         return ("{one} was in the {place}.",) if past else ("{one} is in the {place}.",)
     if event.kind == "lie":
-        if past:
-            return "There was a {thing} in the {place}.", "The {thing} was in the {place}."
-        return "There is a {thing} in the {place}.", "The {thing} is in the {place}."
+        be = "was" if past else "is"
+        return f"There {be} a {{thing}} in the {{place}}.", f"The {{thing}} {be} in the {{place}}."
     if event.kind == "move":
         return tuple(f"{{all}} {verb} to the {{place}}." for verb in _walking(past, len(event.people) > 1))
     if event.kind == "take":
-        verbs = ("picked up", "took", "grabbed") if past else ("picks up", "takes", "grabs")
-        return tuple(f"{{one}} {verb} the {{thing}}." for verb in verbs)
+        taking = ("picked up", "took", "grabbed") if past else ("picks up", "takes", "grabs")
+        return tuple(f"{{one}} {verb} the {{thing}}." for verb in taking)
     if event.kind == "leave":
-        verbs = ("left", "dropped", "put down") if past else ("leaves", "drops", "puts down")
-        return tuple(f"{{one}} {verb} the {{thing}} in the {{place}}." for verb in verbs)
-    verbs = ("gave", "handed") if past else ("gives", "hands")
-    return tuple(f"{{one}} {verb} the {{thing}} to {{two}}." for verb in verbs)
+        leaving = ("left", "dropped", "put down") if past else ("leaves", "drops", "puts down")
+        return tuple(f"{{one}} {verb} the {{thing}} in the {{place}}." for verb in leaving)
+    giving = ("gave", "handed") if past else ("gives", "hands")
+    return tuple(f"{{one}} {verb} the {{thing}} to {{two}}." for verb in giving)
 
 
 def _walking(past: bool, plural: bool) -> tuple[str, ...]:
@@ -90,9 +89,11 @@ def ask(world: World, kind: QuestionKind, split: Split, rng: random.Random) -> Q
         return Question(kind, rng.choice(strangers + lost), UNKNOWN_ANSWER)
     person, thing = rng.choice(list(world.place_of)), rng.choice(world.things())
     if kind == "where_person":
-        return Question(kind, rng.choice(("Where is {}?", "Where is {} now?")).format(person), _place_fact(world, person))
+        text = rng.choice(("Where is {}?", "Where is {} now?")).format(person)
+        return Question(kind, text, _place_fact(world, person))
     if kind == "where_thing":
-        return Question(kind, rng.choice(("Where is the {}?", "Where is the {} now?")).format(thing), thing_fact(world, thing))
+        text = rng.choice(("Where is the {}?", "Where is the {} now?")).format(thing)
+        return Question(kind, text, thing_fact(world, thing))
     if kind == "who_has":
         holder = world.holder_of.get(thing, "Nobody")
         return Question(kind, f"Who has the {thing}?", f"{holder} has the {thing}.")

@@ -131,14 +131,16 @@ class Narrator:
         # Half of the walks lead to where something or somebody is, so that people and things meet.
         busy = {*self.world.place_of.values(), *self.world.lies_in.values()}
         meeting = [place for place in targets if place in busy]
-        return Event("move", tuple(people), place=self.rng.choice(meeting if meeting and self.rng.random() < 0.5 else targets))
+        where = self.rng.choice(meeting if meeting and self.rng.random() < 0.5 else targets)
+        return Event("move", tuple(people), place=where)
 
     def _possible_deeds(self) -> list[Event]:
         world, deeds = self.world, []
         for person, place in world.place_of.items():
             carried = world.thing_of(person)
             if carried is None:
-                deeds += [Event("take", (person,), thing) for thing in world.things() if world.lies_in.get(thing) == place]
+                here = [thing for thing in world.things() if world.lies_in.get(thing) == place]
+                deeds += [Event("take", (person,), thing) for thing in here]
                 continue
             deeds.append(Event("leave", (person,), carried, place))
             for other, where in world.place_of.items():
