@@ -23,9 +23,7 @@ def box(x: int, y: int, width: int, height: int, fill: str, *lines: str) -> str:
 
 def arrow(x1: int, y1: int, x2: int, y2: int, colour: str, label: str = "", above: bool = True) -> str:
     """Draw an arrow with its label over or under the middle."""
-    line = (
-        f"<line x1='{x1}' y1='{y1}' x2='{x2}' y2='{y2}' stroke='{colour}' stroke-width='2' marker-end='url(#head)'/>"
-    )
+    line = f"<line x1='{x1}' y1='{y1}' x2='{x2}' y2='{y2}' stroke='{colour}' stroke-width='2' marker-end='url(#head)'/>"
     y = (y1 + y2) / 2 + (-8 if above else 20)
     text = (
         f"<text x='{(x1 + x2) / 2}' y='{y}' text-anchor='middle' font-size='13' fill='{colour}' {FONT}>{label}</text>"
