@@ -75,9 +75,9 @@ def recovered(found: list[int], text: list[int]) -> float:
     return sum(a == b for a, b in zip(found[1:], text[1:], strict=True)) / (len(text) - 1)
 
 
-def attack(folder: Path, texts: list[list[int]], p: int) -> list[dict[str, Any]]:
+def attack(model: str, texts: list[list[int]], p: int) -> list[dict[str, Any]]:
     """Attack all texts at every noise level, and the shuffled control."""
-    attacker = Attacker(folder, p)
+    attacker = Attacker(resolve_model(model), p)
     clean = [attacker.states(torch.tensor([text]))[0] for text in texts]
     scale = float(torch.cat([rows[1:] for rows in clean]).abs().mean())
     generator = torch.Generator().manual_seed(0)
@@ -95,7 +95,7 @@ def attack(folder: Path, texts: list[list[int]], p: int) -> list[dict[str, Any]]
             nearest.append(recovered(attacker.nearest_embedding(seen), text))
         rows.append(
             {
-                "model": folder.name,
+                "model": Path(model).name,
                 "p": p,
                 "noise_mean_abs": "shuffled control" if mean_abs is None else mean_abs,
                 "state_mean_abs": scale,
@@ -116,11 +116,10 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     for model in options.models:
-        folder = resolve_model(model)
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(resolve_model(model) / "tokenizer.json"))
         texts = [tokenizer.encode(text).ids[: options.tokens] for text in TEXTS]
         for p in (1, 2, 3):
-            rows += attack(folder, texts, p)
+            rows += attack(model, texts, p)
     record("recover_tokens", {"rows": rows})
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from edge_client.settings import SECTION, EdgeSettings
-from split_llama.errors import FlLlamaError, UsageError
+from split_llama.errors import FlLlamaError, Unauthenticated, UsageError
 from split_llama.settings import Loaded, add_flags, load_settings
 
 INTERRUPTED = 130
@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return _generate(loaded.settings, arguments)
     except FlLlamaError as error:
-        print(f"edge-client: {error.message}", file=sys.stderr)
+        advice = "; here that is --api-key KEY" if isinstance(error, Unauthenticated) else ""
+        print(f"edge-client: {error.message}{advice}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
