@@ -13,6 +13,7 @@ import asyncio
 import gc
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +67,30 @@ async def split_rate(edge: EdgeRuntime, sessions: int, prompt: int, tokens: int)
     return sessions * tokens / (time.perf_counter() - begin), [ms for one in latencies for ms in one]
 
 
-def server_overhead(url: str) -> dict[str, Any]:
-    """Read the histogram of server time outside the model per step: upper bounds of the p50 and p99 buckets."""
-    buckets: list[tuple[float, float]] = []
-    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text):
-        if family.name == "fl_llama_server_overhead_seconds":
-            buckets = [(float(s.labels["le"]), s.value) for s in family.samples if s.name.endswith("_bucket")]
-    total = buckets[-1][1]
-    return {
-        f"p{share}_below_s": next(bound for bound, count in buckets if count >= total * share / 100)
-        for share in (50, 99)
-    } | {"steps": total}
+@dataclass(frozen=True)
+class Overhead:
+    """The server's histogram of time outside the model per step: counts by upper bound in seconds, and their sum."""
+
+    counts: dict[float, float]
+    seconds: float
+
+    @classmethod
+    def read(cls, url: str) -> Overhead:
+        """Read it off the server's metrics."""
+        families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+        samples = [s for f in families if f.name == "fl_llama_server_overhead_seconds" for s in f.samples]
+        counts = {float(s.labels["le"]): s.value for s in samples if s.name.endswith("_bucket")}
+        return cls(counts, next(s.value for s in samples if s.name.endswith("_sum")))
+
+    def since(self, before: Overhead) -> dict[str, float]:
+        """Give mean and percentiles of the steps since `before`, in ms; a percentile is its bucket's upper bound."""
+        counts = {bound: count - before.counts[bound] for bound, count in self.counts.items()}
+        steps = max(counts.values())
+        shares = {
+            f"p{share}_below_ms": 1000 * next(b for b, c in counts.items() if c >= steps * share / 100)
+            for share in (50, 99)
+        }
+        return {"steps": steps, "mean_ms": 1000 * (self.seconds - before.seconds) / steps} | shares
 
 
 async def measure(folder: Path, url: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -87,6 +101,7 @@ async def measure(folder: Path, url: str, options: argparse.Namespace) -> dict[s
     )
     rates: dict[str, list[float]] = {name: [] for name in ("transformers", *(f"split_{n}" for n in SESSIONS))}
     latencies: dict[str, dict[str, float]] = {}
+    outside: dict[str, dict[str, float]] = {}
     async with EdgeRuntime.connect(settings, max_sessions=max(SESSIONS)) as edge:
         torch.set_num_threads(options.threads)
         await split_rate(edge, 2, options.prompt, 8)
@@ -95,15 +110,16 @@ async def measure(folder: Path, url: str, options: argparse.Namespace) -> dict[s
             gc.collect()
             rates["transformers"].append(whole.tokens_per_second(options.prompt, options.tokens))
             for sessions in SESSIONS:
+                before = await asyncio.to_thread(Overhead.read, url)
                 rate, itl = await split_rate(edge, sessions, options.prompt, options.tokens)
+                outside[f"split_{sessions}"] = (await asyncio.to_thread(Overhead.read, url)).since(before)
                 rates[f"split_{sessions}"].append(rate)
                 latencies[f"split_{sessions}"] = spread(itl)
             print({name: round(values[-1], 1) for name, values in rates.items()}, flush=True)
-    overhead = await asyncio.to_thread(server_overhead, url)
     return {
         "tokens_per_second": {name: spread(values) for name, values in rates.items()},
         "inter_token_ms_last_round": latencies,
-        "server_outside_model": overhead,
+        "server_outside_model_last_round": outside,
     }
 
 

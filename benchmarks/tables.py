@@ -28,12 +28,19 @@ def split_decode(result: Mapping[str, Any]) -> str:
         [name, f"{rate['median']:.1f} [{rate['min']:.1f}-{rate['max']:.1f}]", f"{rate['median'] / base:.2f}"]
         for name, rate in rates.items()
     ]
-    outside = result["server_outside_model"]
-    tail = (
-        f"\n\nServer time outside the model per step: p50 below {outside['p50_below_s'] * 1000:g} ms, p99 below "
-        f"{outside['p99_below_s'] * 1000:g} ms ({outside['steps']:.0f} steps)."
-    )
-    return markdown(["", "tokens/s, median [range]", "x transformers"], rows) + tail
+    speeds = markdown(["", "tokens/s, median [range]", "x transformers"], rows)
+    outside = [
+        [
+            name,
+            f"{part['mean_ms']:.2f}",
+            f"{part['p50_below_ms']:g}",
+            f"{part['p99_below_ms']:g}",
+            f"{part['steps']:.0f}",
+        ]
+        for name, part in result["server_outside_model_last_round"].items()
+    ]
+    head = ["server time outside the model per step, ms", "mean", "p50 below", "p99 below", "steps"]
+    return f"{speeds}\n\n{markdown(head, outside)}"
 
 
 def wire_bytes(result: Mapping[str, Any]) -> str:

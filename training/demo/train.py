@@ -191,7 +191,7 @@ class Trainer:
         os.replace(self._state.with_suffix(".new"), self._state)
 
     def _load(self) -> None:
-        state = torch.load(self._state, map_location=self.device)
+        state = torch.load(self._state, map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.guide.load_state_dict(state["guide"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -236,10 +236,10 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     return Settings(**vars(parser.parse_args(arguments)))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    settings = parse()
+    settings = parse(arguments)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     Trainer(settings).run()
