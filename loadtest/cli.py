@@ -15,6 +15,7 @@ from pathlib import Path
 
 from loadtest.settings import SECTION, LoadSettings
 from split_llama.errors import FlLlamaError, UsageError
+from split_llama.extras import needs_extra
 from split_llama.settings import add_flags, load_settings
 
 INTERRUPTED = 130
@@ -34,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _report(arguments["file"])
         settings = load_settings(LoadSettings, SECTION, arguments).settings
         settings.validate()
-        from loadtest.command import run
+        with needs_extra("loadtest"):
+            from loadtest.command import run
 
         return run(settings)
     except FlLlamaError as error:

@@ -10,6 +10,7 @@ from serving.keys import KeyFile, default_key_file
 from serving.limits import Limits
 from serving.settings import SECTION, ServerSettings
 from split_llama.errors import FlLlamaError, UsageError
+from split_llama.extras import needs_extra
 from split_llama.settings import add_flags, load_settings
 
 KEYS = "keys"
@@ -42,7 +43,8 @@ def _serve(arguments: Sequence[str]) -> int:
         raise UsageError("MODEL was given twice, by position and by --model")
     values["model"] = positional if positional is not None else values["model"]
     settings = load_settings(ServerSettings, SECTION, values).settings
-    from serving.run import run
+    with needs_extra("server"):
+        from serving.run import run
 
     return run(settings)
 

@@ -6,6 +6,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from split_llama.errors import UsageError
+from split_llama.extras import needs_extra
+
 COMMANDS = {
     "demo": ("training.demo.train", "train the bundled demo model from nothing"),
     "demo-score": ("training.demo.evaluate", "score a demo model on stories it has never seen"),
@@ -29,10 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"split-train: no command {name!r}\n{usage()}", file=sys.stderr)
         return 2
     try:
-        module = importlib.import_module(COMMANDS[name][0])
-    except ModuleNotFoundError as error:
-        print(f"split-train {name} needs {error.name}: pip install 'fl-llama[train]'", file=sys.stderr)
-        return 2
+        with needs_extra("train"):
+            module = importlib.import_module(COMMANDS[name][0])
+    except UsageError as error:
+        print(f"split-train: {error.message}", file=sys.stderr)
+        return error.exit_code
     module.main(rest)
     return 0
 
