@@ -12,14 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from json_values import JSON_VALUES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, TinyModel, write_json, write_weights
 
 from split_llama.checkpoint import Checkpoint, holds_blocks, is_plain_name, read_config, read_weight_map
 from split_llama.config import BlockRange
-from split_llama.errors import CheckpointError, FlLlamaError, UnsupportedModel
-from split_llama.generation_config import GenerationDefaults
+from split_llama.errors import CheckpointError, UnsupportedModel
 from split_llama.safetensors_file import build_header, data_end, parse_header, read_header
 
 TinyCheckpoint = Callable[..., Path]
@@ -352,13 +352,6 @@ def test_no_header_does_anything_but_parse_or_be_refused(text: bytes) -> None:
         parse_header(text, Path("x.safetensors"))
 
 
-JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=6,
-)
-
-
 @given(st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "x"]), JSON_VALUES), JSON_VALUES)
 @settings(deadline=None)
 def test_hostile_header_entries(entry: dict[str, Any], other: Any) -> None:
@@ -377,74 +370,6 @@ def test_built_header_is_read_by_the_safetensors_library(tmp_path: Path) -> None
     with safe_open(again, "pt") as file:
         assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
     assert data_end(read_header(again), 0) == again.stat().st_size
-
-
-# generation_config.json
-
-
-def generation(folder: Path, config: dict[str, Any], **raw: Any) -> Any:
-    write_json(folder / "config.json", TinyModel(layers=1).config() | config)
-    write_json(folder / "generation_config.json", raw)
-    return Checkpoint.open(folder).generation_config()
-
-
-def test_generation_config_is_honoured(tiny_checkpoint: TinyCheckpoint) -> None:
-    found = generation(
-        tiny_checkpoint(layers=1),
-        {"eos_token_id": 9},
-        eos_token_id=[2, 3, 2],
-        bos_token_id=1,
-        do_sample=True,
-        temperature=0.6,
-        top_p=0.9,
-        top_k=20,
-        repetition_penalty=1.05,
-        max_length=4096,
-        transformers_version="5.0",
-    )
-    assert found.eos_token_ids == (2, 3)
-    assert (found.bos_token_id, found.do_sample, found.temperature) == (1, True, 0.6)
-    assert (found.top_p, found.top_k, found.repetition_penalty, found.max_length) == (0.9, 20, 1.05, 4096)
-    assert found.max_new_tokens is None
-
-
-def test_token_ids_fall_back_to_the_config(tiny_checkpoint: TinyCheckpoint) -> None:
-    folder = tiny_checkpoint(layers=1)
-    found = generation(folder, {"eos_token_id": [4, 5], "bos_token_id": 0}, eos_token_id=None)
-    assert (found.eos_token_ids, found.bos_token_id) == ((4, 5), 0)
-    (folder / "generation_config.json").unlink()
-    assert Checkpoint.open(folder).generation_config().eos_token_ids == (4, 5)
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [
-        {"eos_token_id": "</s>"},
-        {"eos_token_id": [2, None]},
-        {"eos_token_id": True},
-        {"eos_token_id": [[2]]},
-        {"bos_token_id": -1},
-        {"temperature": "hot"},
-        {"temperature": -0.5},
-        {"temperature": float("nan")},
-        {"temperature": float("inf")},
-        {"top_p": 1.5},
-        {"top_k": 2.5},
-        {"do_sample": "yes"},
-        {"max_length": 10**400},
-        {"repetition_penalty": []},
-    ],
-)
-def test_malformed_generation_config(tiny_checkpoint: TinyCheckpoint, raw: dict[str, Any]) -> None:
-    with pytest.raises(CheckpointError, match=next(iter(raw))):
-        generation(tiny_checkpoint(layers=1), {}, **raw)
-
-
-@given(st.dictionaries(st.sampled_from(["eos_token_id", "temperature", "top_k", "do_sample"]), JSON_VALUES))
-@settings(deadline=None)
-def test_hostile_generation_config(raw: dict[str, Any]) -> None:
-    with contextlib.suppress(FlLlamaError):
-        GenerationDefaults.from_hf(raw, {})
 
 
 def test_shards_without_index_are_not_guessed(tiny_checkpoint: TinyCheckpoint) -> None:
