@@ -12,6 +12,7 @@ from serving.admission import check_attach, check_digests, check_request
 from serving.hosted import Hosted
 from serving.keys import KeyRing, Principal
 from serving.metrics import Metrics
+from serving.passes import HostPasses
 from serving.registry import Entry, Mailbox, Registry
 from serving.scheduler import Scheduler
 from serving.session import Phase, Session
@@ -108,7 +109,13 @@ class Core:
         self._hosted = hosted
         self._scheduler = Scheduler(hosted.max_rows, hosted.max_num_seqs)
         self._worker = Worker(
-            hosted.engine, self.registry, self._scheduler, self.metrics, self.clock, self.settings.evict_seconds
+            hosted.engine,
+            HostPasses(hosted.engine),
+            self.registry,
+            self._scheduler,
+            self.metrics,
+            self.clock,
+            self.settings.evict_seconds,
         )
         self._spawn(self._worker.run(), "worker")
         self._spawn(self._sweep_often(), "sweep")

@@ -17,13 +17,14 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from serving.metrics import Metrics
-from serving.passes import Outcome, decode_batch, run_pass
+from serving.passes import Outcome, Passes, Staged
+from serving.reclaim import idle_longest
 from serving.registry import Entry, Registry
 from serving.scheduler import Candidate, Pick, Scheduler
 from serving.session import Phase
 from serving.steps import Step
 from split_llama.engine.engine import Engine
-from split_llama.engine.plan import SequenceRun
+from split_llama.engine.plan import BatchPlan, SequenceRun
 from split_llama.errors import FlLlamaError, OutOfPages, ServerFault
 from split_llama.wire.control import error_frame
 
@@ -48,6 +49,7 @@ class Worker:
     def __init__(
         self,
         engine: Engine,
+        passes: Passes,
         registry: Registry,
         scheduler: Scheduler,
         metrics: Metrics,
@@ -55,6 +57,7 @@ class Worker:
         evict_after: float,
     ) -> None:
         self._engine = engine
+        self._passes = passes
         self._registry = registry
         self._scheduler = scheduler
         self._metrics = metrics
@@ -112,16 +115,19 @@ class Worker:
 
     async def _compute(self, batch: Sequence[tuple[Entry, Step]]) -> None:
         steps = [step for _, step in batch]
-        decoded = await self._in_thread(decode_batch, steps, self._engine.segment.config.hidden_size)
-        shares = self._plan(batch, decoded.errors)
+        staged = await self._in_thread(self._passes.stage, steps)
+        shares = self._plan(batch, staged.errors)
         if not shares:
             return
         plan = self._engine.plan([share.run for share in shares])
         kept = [index for share in shares for index in share.indices]
-        outcome = await self._in_thread(run_pass, self._engine, plan, decoded, kept, steps)
+        outcome = await self._in_thread(self._compute_pass, plan, staged, kept)
         self._faults_in_a_row = 0
         self._deliver(shares, steps, outcome)
         self._observe(outcome, [steps[index] for index in kept], len(shares))
+
+    def _compute_pass(self, plan: BatchPlan, staged: Staged, kept: Sequence[int]) -> Outcome:
+        return self._passes.finish(self._passes.start(plan, staged, kept))
 
     async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
@@ -160,18 +166,10 @@ class Worker:
 
     def _evict_one(self) -> bool:
         """Take the pages of the session that has been idle longest, if any has been for `evict_after` seconds."""
-        horizon = self._clock() - self._evict_after
-        idle = [
-            entry
-            for entry in self._registry
-            if entry.active_at <= horizon
-            and entry.session.phase is Phase.ACTIVE
-            and entry.session.sequence.length
-            and not (entry.session.queued or entry.session.running)
-        ]
-        if not idle:
+        entry = idle_longest(self._registry, self._clock() - self._evict_after)
+        if entry is None:
             return False
-        min(idle, key=lambda entry: entry.active_at).session.lose()
+        entry.session.lose()
         self._metrics.evictions.inc()
         return True
 
