@@ -1,0 +1,1 @@
+"""One file per kernel: `measure(device, quick)` gives rows of figures."""

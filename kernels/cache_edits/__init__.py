@@ -1,0 +1,1 @@
+"""Slot moves, page copies and page clears, in all blocks at once."""

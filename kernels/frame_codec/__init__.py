@@ -1,0 +1,1 @@
+"""Rows of wire frames to and from the batch, on the device."""

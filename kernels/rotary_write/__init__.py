@@ -1,0 +1,1 @@
+"""Rotary positions, and K and V into their pages, in one pass."""

@@ -1,0 +1,1 @@
+"""The SwiGLU product in one pass."""
