@@ -2,17 +2,20 @@
 
     python -m benchmarks.split_decode [--threads 1 --tokens 64 --prompt 16 --rounds 3 --codec fp16 --noise 0]
 
-Server and edge are two processes with `--threads` CPU threads each; transformers runs the whole model alone with as
-many. The rounds alternate, so that a machine whose speed drifts hurts all alike. Random weights, float32.
+Server and edge are two processes with `--threads` CPU threads each, one pair for each type of weights; transformers
+runs the whole model alone with as many, in float32 and bfloat16. The rounds alternate, so that a machine whose speed
+drifts hurts all alike. Random weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,23 @@ from edge_client.runtime import EdgeRuntime
 from edge_client.settings import EdgeSettings
 
 SESSIONS = (1, 4, 16)
+WHOLE = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How both parties hold their weights."""
+
+    name: str
+    flags: Mapping[str, str]
+
+
+WEIGHTS = (
+    Weights("float32", {"dtype": "float32"}),
+    Weights("bfloat16", {"dtype": "bfloat16"}),
+    Weights("float16", {"dtype": "float16"}),
+    Weights("int8", {"dtype": "float32", "quantization": "int8"}),
+)
 
 
 def prompt_ids(length: int, seed: int) -> list[int]:
@@ -37,10 +57,10 @@ def prompt_ids(length: int, seed: int) -> list[int]:
 class Whole:
     """The whole model in transformers."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: str) -> None:
         from transformers import AutoModelForCausalLM
 
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
     def tokens_per_second(self, prompt: int, tokens: int) -> float:
         """Greedy decoding of one sequence, prompt included in the time as for the split."""
@@ -93,34 +113,67 @@ class Overhead:
         return {"steps": steps, "mean_ms": 1000 * (self.seconds - before.seconds) / steps} | shares
 
 
-async def measure(folder: Path, url: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Alternate transformers and the split for `rounds` rounds."""
-    whole = Whole(folder)
-    settings = EdgeSettings(
-        server=url, model=str(folder), noise=options.noise, codec=options.codec, threads=options.threads
-    )
-    rates: dict[str, list[float]] = {name: [] for name in ("transformers", *(f"split_{n}" for n in SESSIONS))}
-    latencies: dict[str, dict[str, float]] = {}
-    outside: dict[str, dict[str, float]] = {}
-    async with EdgeRuntime.connect(settings, max_sessions=max(SESSIONS)) as edge:
+class Runs:
+    """Figures of all rounds, by name."""
+
+    def __init__(self) -> None:
+        self.rates: dict[str, list[float]] = {}
+        self.latencies: dict[str, dict[str, float]] = {}
+        self.outside: dict[str, dict[str, float]] = {}
+
+    async def split(self, name: str, edge: EdgeRuntime, url: str, options: argparse.Namespace) -> None:
+        """Measure one pair of server and edge at every number of sessions."""
+        for sessions in SESSIONS:
+            before = await asyncio.to_thread(Overhead.read, url)
+            rate, itl = await split_rate(edge, sessions, options.prompt, options.tokens)
+            key = f"{name}_{sessions}"
+            self.outside[key] = (await asyncio.to_thread(Overhead.read, url)).since(before)
+            self.rates.setdefault(key, []).append(rate)
+            self.latencies[key] = spread(itl)
+
+    def whole(self, dtype: str, model: Whole, options: argparse.Namespace) -> None:
+        """Measure transformers."""
+        rate = model.tokens_per_second(options.prompt, options.tokens)
+        self.rates.setdefault(f"transformers_{dtype}", []).append(rate)
+
+    def report(self) -> dict[str, Any]:
+        """Give everything for the record."""
+        return {
+            "tokens_per_second": {name: spread(values) for name, values in self.rates.items()},
+            "inter_token_ms_last_round": self.latencies,
+            "server_outside_model_last_round": self.outside,
+        }
+
+
+async def measure(folder: Path, urls: Mapping[str, str], options: argparse.Namespace) -> dict[str, Any]:
+    """Alternate transformers and every pair of the split for `rounds` rounds."""
+    wholes = {dtype: Whole(folder, dtype) for dtype in WHOLE}
+    runs = Runs()
+    async with contextlib.AsyncExitStack() as stack:
+        edges = {}
+        for weights in WEIGHTS:
+            settings = EdgeSettings(
+                server=urls[weights.name],
+                model=str(folder),
+                noise=options.noise,
+                codec=options.codec,
+                threads=options.threads,
+                **weights.flags,  # type: ignore[arg-type]
+            )
+            edge = await stack.enter_async_context(EdgeRuntime.connect(settings, max_sessions=max(SESSIONS)))
+            edges[weights.name] = edge
+            await split_rate(edge, 2, options.prompt, 8)
         torch.set_num_threads(options.threads)
-        await split_rate(edge, 2, options.prompt, 8)
-        whole.tokens_per_second(options.prompt, 8)
+        for model in wholes.values():
+            model.tokens_per_second(options.prompt, 8)
         for _ in range(options.rounds):
             gc.collect()
-            rates["transformers"].append(whole.tokens_per_second(options.prompt, options.tokens))
-            for sessions in SESSIONS:
-                before = await asyncio.to_thread(Overhead.read, url)
-                rate, itl = await split_rate(edge, sessions, options.prompt, options.tokens)
-                outside[f"split_{sessions}"] = (await asyncio.to_thread(Overhead.read, url)).since(before)
-                rates[f"split_{sessions}"].append(rate)
-                latencies[f"split_{sessions}"] = spread(itl)
-            print({name: round(values[-1], 1) for name, values in rates.items()}, flush=True)
-    return {
-        "tokens_per_second": {name: spread(values) for name, values in rates.items()},
-        "inter_token_ms_last_round": latencies,
-        "server_outside_model_last_round": outside,
-    }
+            for dtype, model in wholes.items():
+                runs.whole(dtype, model, options)
+            for name, edge in edges.items():
+                await runs.split(name, edge, urls[name], options)
+            print({name: round(values[-1], 1) for name, values in runs.rates.items()}, flush=True)
+    return runs.report()
 
 
 def main() -> None:
@@ -134,10 +187,15 @@ def main() -> None:
     parser.add_argument("--noise", default="0")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory() as temporary:
+    with contextlib.ExitStack() as stack:
+        temporary = stack.enter_context(tempfile.TemporaryDirectory())
         folder = write_random_model(Path(temporary) / "model", MODEL_134M)
-        with running_server(folder, "--threads", str(options.threads), "--dtype", "float32") as url:
-            figures = asyncio.run(measure(folder, url, options))
+        urls = {}
+        for weights in WEIGHTS:
+            flags = [part for name, value in weights.flags.items() for part in (f"--{name}", value)]
+            server = running_server(folder, "--threads", str(options.threads), *flags)
+            urls[weights.name] = stack.enter_context(server)
+        figures = asyncio.run(measure(folder, urls, options))
     record("split_decode", {"options": vars(options)} | figures)
 
 

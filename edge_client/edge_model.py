@@ -19,8 +19,9 @@ from split_llama.config import BlockRange, Partition
 from split_llama.engine.engine import PAGE_SIZE, Engine
 from split_llama.engine.sequence import Sequence as Positions
 from split_llama.errors import FlLlamaError, ServerFault
-from split_llama.load import load_embedding, load_head, load_segment
+from split_llama.load import load_embedding, load_packed_head, load_packed_segment
 from split_llama.noise import Accountant, NoiseChain, NoiseSpec, PrefixNoise, apply, count_exact_rows
+from split_llama.products import Numerics
 from split_llama.wire.codec import Codec, decode_rows, encode_rows
 
 CALIBRATION_TOKENS = 64
@@ -30,8 +31,7 @@ CALIBRATION_TOKENS = 64
 class Placement:
     """Where and in what the edge computes, and how many KV positions it keeps over all its sessions."""
 
-    dtype: torch.dtype
-    device: torch.device
+    numerics: Numerics
     kv_positions: int
     sessions: int = 1
 
@@ -81,17 +81,24 @@ class EdgeModel:
         count = config.num_hidden_layers
         self.config, self.partition, self.codec = config, partition, codec
         self.width = config.hidden_size
-        self._dtype, self._device = placement.dtype, placement.device
+        numerics = placement.numerics
+        self._dtype, self._device = numerics.compute, numerics.device
         self._spec = NoiseSpec(0.0)
         self._noise: PrefixNoise | None = None
         self.accountant = Accountant()
-        self.embedding = load_embedding(checkpoint, dtype=placement.dtype, device=placement.device)
-        self.head = load_head(checkpoint, self.embedding, dtype=placement.dtype, device=placement.device)
+        self.embedding = load_embedding(checkpoint, dtype=numerics.compute, device=numerics.device)
+        self.head = load_packed_head(checkpoint, numerics)
         self._a = _engine(checkpoint, partition.segment_a(count), placement)
         self._c = _engine(checkpoint, partition.segment_c(count), placement)
         defaults = checkpoint.generation_config()
         self.defaults = defaults
         self.bos_token_id = defaults.bos_token_id
+
+    @property
+    def product_bytes(self) -> int:
+        """Bytes of weights that a token costs here: those of A, C and the head."""
+        engines = [engine for engine in (self._a, self._c) if engine is not None]
+        return self.head.lm_head.product_bytes + sum(engine.segment.product_bytes for engine in engines)
 
     def open(self, max_length: int) -> LocalSession:
         """Start a session of at most `max_length` positions."""
@@ -249,7 +256,7 @@ def _engine(checkpoint: Checkpoint, blocks: BlockRange, placement: Placement) ->
     """Make the engine of a segment; none for an empty one."""
     if not len(blocks):
         return None
-    segment = load_segment(checkpoint, blocks, dtype=placement.dtype, device=placement.device)
+    segment = load_packed_segment(checkpoint, blocks, placement.numerics)
     # Each session may leave a page half full.
     pages = -(-placement.kv_positions // PAGE_SIZE) + placement.sessions
     return Engine(segment, num_pages=pages)

@@ -40,6 +40,7 @@ from split_llama.checkpoint import Checkpoint
 from split_llama.errors import ContextExceeded, UsageError
 from split_llama.load import parse_device, parse_dtype, set_up_cpu
 from split_llama.noise import NoiseScope, NoiseSpec, PrefixNoise, calibrate_clip
+from split_llama.products import Numerics
 from split_llama.transport.base import Transport
 from split_llama.transport.http import HttpTransport
 from split_llama.transport.websocket import WebSocketTransport
@@ -177,14 +178,14 @@ def _load(settings: EdgeSettings, source: ModelSource, max_sessions: int) -> tup
     name = settings.dtype
     if name == "auto":
         name = source.card.dtype if device.type == "cuda" else "float32"
-    dtype = parse_dtype(name)
+    numerics = Numerics(parse_dtype(name), settings.quantization, device)
     positions = min(source.card.max_model_len, _context(source)) * max_sessions
-    placement = Placement(dtype, device, positions, max_sessions)
+    placement = Placement(numerics, positions, max_sessions)
     checkpoint = Checkpoint.open(source.folder)
     model = EdgeModel(checkpoint, source.partition, Codec.parse(settings.codec), placement)
     if model.bos_token_id is None:
         model.bos_token_id = EdgeTokenizer.open(source.folder).bos_token_id
-    spec = _noise(settings, source, model, name)
+    spec = _noise(settings, source, model, numerics.label)
     if spec.is_on:
         scope = NoiseScope(
             model=source.offer.manifest.digest,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from split_llama.config import QUANTIZATIONS
 from split_llama.errors import UsageError
 from split_llama.settings import setting
 
@@ -72,7 +73,12 @@ class EdgeSettings:
     allow_embedding_states: bool = setting(False, "allow p = 0, which sends bare token embeddings")
     accept_new_weights: bool = setting(False, "trust the server's weights although they changed since first use")
     device: str = setting("auto", "where the edge computes: auto, cpu or cuda[:N]")
-    dtype: str = setting("auto", "what the edge computes in: auto, float32, bfloat16 or float16")
+    dtype: str = setting(
+        "auto", "type of the weights: float32, bfloat16 or float16; auto is float32 on a CPU, the server's on CUDA"
+    )
+    quantization: str = setting(
+        "none", "store the weights in fewer bits: int8; on CUDA also fp8 and int4", choices=QUANTIZATIONS
+    )
     threads: int | None = setting(
         None,
         "CPU threads; default: half of the logical cores",

@@ -15,6 +15,8 @@ from typing import Any
 from split_llama.errors import UnsupportedModel, UsageError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# How weights may be stored in fewer bits than their type has (`split_llama.products`).
+QUANTIZATIONS = ("none", "int8", "fp8", "int4")
 
 # Fields this module reads, and fields that describe training or bookkeeping and leave inference as it is.
 _READ = frozenset(

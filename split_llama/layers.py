@@ -5,12 +5,13 @@ K head_dim, I intermediate, V vocabulary. A tensor's name carries its shape wher
 
 Module and parameter names follow transformers' Llama. Q, K and V, and gate and up, are stored fused; `stored_parts`
 gives the checkpoint's names as views of that storage, so loading and training see `q_proj`, `k_proj`, ... of one copy.
+`pack` then turns the matrices into what multiplies fastest (`split_llama.products`); the views are gone after that.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from split_llama.config import BlockRange, ModelConfig, Rope
+from split_llama.products import Numerics, Product
 
 
 class BlockAttention(Protocol):
@@ -28,18 +30,13 @@ class BlockAttention(Protocol):
         ...
 
 
-# Up to so many rows the order of a product's factors matters, for weights of more elements than a core's cache holds.
-MOST_FEW_ROWS = 4
-IN_CACHE = 2**18
-
-
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
     """Make storage for weights that a checkpoint fills; frozen, for training leaves the base alone."""
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm (Zhang and Sennrich 2019) in float32, scaled in the input's dtype."""
+    """Root mean square norm (Zhang and Sennrich 2019), computed in float32."""
 
     def __init__(self, width: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -48,9 +45,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
@@ -86,30 +81,20 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("inverse_frequencies", frequencies, persistent=False)
 
     def forward(self, positions_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Give cos and sin, each `[N, 1, K]`: computed in float32, then cast."""
+        """Give what `rotate` takes, each `[N, 1, K]`: computed in float32, then cast."""
         angles = positions_N.float()[:, None] * self.inverse_frequencies
-        angles = torch.cat((angles, angles), dim=-1)[:, None, :]
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = angles.cos(), angles.sin()
+        cos = torch.cat((cos, cos), dim=-1)[:, None, :]
+        signed_sin = torch.cat((-sin, sin), dim=-1)[:, None, :]
+        return cos.to(dtype), signed_sin.to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn `[N, heads, K]` by the angles; the halves of K are the two coordinates (the Hugging Face layout)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Turn `[N, heads, K]` by the angles; the halves of K are the two coordinates (the Hugging Face layout).
 
-
-def project(x_ND: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Multiply rows `[N, D]` by weights `[out, D]`, as `F.linear` does.
-
-    The BLAS behind PyTorch streams tall float32 weights faster when they come first and meet two to four columns: one
-    row, doubled, takes 0.8 of the time, two rows 0.4 (`benchmarks/products.py`).
+    `signed_sin` holds the minus of the first coordinate's formula, so that the halves need only trade places.
     """
-    few = x_ND.device.type == "cpu" and x_ND.dtype == torch.float32 and len(x_ND) <= MOST_FEW_ROWS
-    if not few or weight.shape[0] < weight.shape[1] or weight.numel() < IN_CACHE:
-        return F.linear(x_ND, weight, bias)
-    rows = x_ND if len(x_ND) > 1 else x_ND.repeat(2, 1)
-    out = (weight @ rows.t()).t()[: len(x_ND)].contiguous()
-    return out if bias is None else out + bias
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
 
 
 class FusedLinear(nn.Module):
@@ -119,15 +104,40 @@ class FusedLinear(nn.Module):
         super().__init__()
         rows = sum(parts.values())
         self.parts = parts
-        self.weight = _empty((rows, width), dtype, device)
+        self.weight: nn.Parameter | None = _empty((rows, width), dtype, device)
         self.bias = _empty((rows,), dtype, device) if bias else None
+        self.product: Product | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Give all parts' outputs side by side, `[N, sum of parts]`."""
-        return project(x, self.weight, self.bias)
+        if self.product is not None:
+            return self.product(x)
+        assert self.weight is not None, "a matrix is dense or packed"
+        return F.linear(x, self.weight, self.bias)
+
+    def pack(self, numerics: Numerics, stored: Tensor | None = None) -> None:
+        """Keep the weights only as `numerics` says they multiply best, from now on.
+
+        `stored` are weights `[out, D]` of any type that were not filled in yet.
+        """
+        assert self.weight is not None, "packed already"
+        self.product = numerics.product(self.weight if stored is None else stored, self.bias)
+        if self.product is not None:
+            self.weight = None
+        elif stored is not None:
+            self.weight.copy_(stored)
+
+    @property
+    def product_bytes(self) -> int:
+        """Bytes of weights that one product reads."""
+        if self.product is not None:
+            return self.product.nbytes
+        assert self.weight is not None, "a matrix is dense or packed"
+        return self.weight.nbytes
 
     def stored_parts(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield `(name, view)` for the weight and bias of each part."""
+        """Yield `(name, view)` for the weight and bias of each part, as long as they are not packed."""
+        assert self.weight is not None, "a packed matrix has no views"
         start = 0
         for name, rows in self.parts.items():
             yield f"{name}.weight", self.weight[start : start + rows]
@@ -143,23 +153,27 @@ class Attention(nn.Module):
         super().__init__()
         q_width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        self.rotated = config.num_attention_heads + config.num_key_value_heads
+        self.heads = [config.num_attention_heads, config.num_key_value_heads]
         self.head_dim = config.head_dim
         qkv = {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}
         self.qkv_proj = FusedLinear(config.hidden_size, qkv, config.qkv_bias, dtype, device)
         self.o_proj = FusedLinear(q_width, {"o_proj": config.hidden_size}, config.output_bias, dtype, device)
-        self.q_norm: nn.Module = nn.Identity()
-        self.k_norm: nn.Module = nn.Identity()
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
 
     def forward(self, block: int, x_ND: Tensor, cos: Tensor, sin: Tensor, attend: BlockAttention) -> Tensor:
         """Give the attention output `[N, D]`."""
-        qkv = self.qkv_proj(x_ND).unflatten(-1, (-1, self.head_dim))
-        q_NHK, k_NGK, v_NGK = qkv.split(self.heads, dim=1)
-        q_NHK = rotate(self.q_norm(q_NHK), cos, sin)
-        k_NGK = rotate(self.k_norm(k_NGK), cos, sin)
+        qkv_NXK = self.qkv_proj(x_ND).view(len(x_ND), -1, self.head_dim)
+        # Q and K turn together: on a CPU a block's time goes into the number of operations as much as their size.
+        qk_NXK, v_NGK = qkv_NXK[:, : self.rotated], qkv_NXK[:, self.rotated :]
+        if self.q_norm is not None and self.k_norm is not None:
+            q_NHK, k_NGK = torch.split(qk_NXK, self.heads, dim=1)
+            qk_NXK = torch.cat((self.q_norm(q_NHK), self.k_norm(k_NGK)), dim=1)
+        q_NHK, k_NGK = torch.split(rotate(qk_NXK, cos, sin), self.heads, dim=1)
         return self.o_proj(attend(block, q_NHK, k_NGK, v_NGK).flatten(1))  # type: ignore[no-any-return]
 
 
@@ -194,6 +208,17 @@ class Block(nn.Module):
         x_ND = x_ND + self.self_attn(block, self.input_layernorm(x_ND), cos, sin, attend)
         return x_ND + self.mlp(self.post_attention_layernorm(x_ND))  # type: ignore[no-any-return]
 
+    def pack(self, numerics: Numerics) -> None:
+        """Pack every matrix; see `FusedLinear.pack`."""
+        for module in self.modules():
+            if isinstance(module, FusedLinear):
+                module.pack(numerics)
+
+    @property
+    def product_bytes(self) -> int:
+        """Bytes of weights that one pass reads."""
+        return sum(module.product_bytes for module in self.modules() if isinstance(module, FusedLinear))
+
     def stored_parts(self) -> Iterator[tuple[str, Tensor]]:
         """Yield `(name below model.layers.N, view of the storage)` for every tensor of a checkpoint's block."""
         for name, module in self.named_modules():
@@ -205,16 +230,26 @@ class Block(nn.Module):
 
 
 class Segment(nn.Module):
-    """The blocks `[start, stop)` of a model; A, B and C are segments."""
+    """The blocks `[start, stop)` of a model; A, B and C are segments. `dtype` is that of states, norms and KV."""
 
-    def __init__(self, config: ModelConfig, blocks: BlockRange, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        blocks: BlockRange,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        layers: Iterable[Block] | None = None,
+    ) -> None:
+        """Hold `layers`, one per block, or else new ones whose weights are yet to be filled in."""
         super().__init__()
         self.config = config
         self.blocks = blocks
         self.dtype = dtype
         self.device = device
         self.rotary = RotaryEmbedding(config, device)
-        self.layers = nn.ModuleList(Block(config, dtype, device) for _ in range(len(blocks)))
+        self.layers = nn.ModuleList(layers or (Block(config, dtype, device) for _ in range(len(blocks))))
+        assert len(self.layers) == len(blocks), "one layer per block"
 
     def forward(self, span: BlockRange, x_ND: Tensor, positions_N: Tensor, attend: BlockAttention) -> Tensor:
         """Run rows `[N, D]` with rotary positions `[N]` through the blocks of `span`, which this segment contains."""
@@ -222,6 +257,11 @@ class Segment(nn.Module):
         for block in range(span.start, span.stop):
             x_ND = self.layers[block - self.blocks.start](block, x_ND, cos, sin, attend)
         return x_ND
+
+    @property
+    def product_bytes(self) -> int:
+        """Bytes of weights that one pass through all blocks reads."""
+        return sum(layer.product_bytes for layer in self.layers if isinstance(layer, Block))
 
     def stored_parts(self) -> Iterator[tuple[str, Tensor]]:
         """Yield `(checkpoint name, view of the storage)` for every tensor of this segment."""
@@ -231,42 +271,31 @@ class Segment(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token ids `[N]` to rows `[N, D]`."""
+    """Token ids `[N]` to rows `[N, D]` in the compute type; the table may be of another type."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, table_VD: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = _empty((config.vocab_size, config.hidden_size), dtype, device)
+        self.weight = nn.Parameter(table_VD, requires_grad=False)
+        self.dtype = dtype
 
     def forward(self, token_ids_N: Tensor) -> Tensor:
         """Look the rows up."""
-        return F.embedding(token_ids_N, self.weight)
-
-    def stored_parts(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the checkpoint name and the storage."""
-        yield "model.embed_tokens.weight", self.weight
+        return F.embedding(token_ids_N, self.weight).to(self.dtype)
 
 
 class Head(nn.Module):
-    """The final norm and the LM head: rows `[N, D]` to float32 logits `[N, V]`.
+    """The final norm and the LM head: rows `[N, D]` to float32 logits `[N, V]`."""
 
-    With tied embeddings the head shares the embedding's storage; pass it as `tied_to`.
-    """
-
-    def __init__(
-        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, tied_to: Embedding | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
-        self.tied = tied_to is not None
-        shape = (config.vocab_size, config.hidden_size)
-        self.weight = _empty(shape, dtype, device) if tied_to is None else tied_to.weight
+        self.lm_head = FusedLinear(config.hidden_size, {"lm_head": config.vocab_size}, False, dtype, device)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """Give the logits."""
-        return project(self.norm(x_ND), self.weight).float()
+        return self.lm_head(self.norm(x_ND)).float()  # type: ignore[no-any-return]
 
     def stored_parts(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield checkpoint names and storage."""
+        """Yield checkpoint names and storage; a tied checkpoint has the head under the embedding's name."""
         yield "model.norm.weight", self.norm.weight
-        if not self.tied:
-            yield "lm_head.weight", self.weight
+        yield from self.lm_head.stored_parts()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Set
-from typing import Protocol
+from collections.abc import Mapping, Set
 
 import torch
 from torch import Tensor
@@ -12,7 +11,8 @@ from torch import Tensor
 from split_llama.checkpoint import Checkpoint
 from split_llama.config import BlockRange
 from split_llama.errors import CheckpointError, UnsupportedModel, UsageError
-from split_llama.layers import Embedding, Head, Segment
+from split_llama.layers import Block, Embedding, Head, Segment
+from split_llama.products import Numerics
 
 DTYPES = {
     "float32": torch.float32,
@@ -22,10 +22,6 @@ DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
-
-
-class _Stored(Protocol):
-    def stored_parts(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -61,49 +57,89 @@ def set_up_cpu(threads: int | None) -> None:
 
 
 def load_segment(checkpoint: Checkpoint, blocks: BlockRange, *, dtype: torch.dtype, device: torch.device) -> Segment:
-    """Load the blocks of one segment. Raises `CheckpointError` on a missing tensor or a wrong shape."""
-    segment = Segment(checkpoint.config, blocks, dtype=dtype, device=device)
-    _fill(segment, checkpoint)
-    return segment
+    """Load the blocks of one segment as dense matrices, their parts at hand under the checkpoint's names.
+
+    Raises `CheckpointError` on a missing tensor or a wrong shape.
+    """
+    layers = (_load_block(checkpoint, index, dtype, device) for index in range(blocks.start, blocks.stop))
+    return Segment(checkpoint.config, blocks, dtype=dtype, device=device, layers=layers)
+
+
+def load_packed_segment(checkpoint: Checkpoint, blocks: BlockRange, numerics: Numerics) -> Segment:
+    """Load the blocks of one segment for inference: each is packed before the next one takes memory."""
+    compute, device = numerics.compute, numerics.device
+
+    def packed_block(index: int) -> Block:
+        block = _load_block(checkpoint, index, compute, device)
+        block.pack(numerics)
+        return block
+
+    layers = (packed_block(index) for index in range(blocks.start, blocks.stop))
+    return Segment(checkpoint.config, blocks, dtype=compute, device=device, layers=layers)
+
+
+def _load_block(checkpoint: Checkpoint, index: int, dtype: torch.dtype, device: torch.device) -> Block:
+    block = Block(checkpoint.config, dtype, device)
+    _fill({f"model.layers.{index}.{name}": view for name, view in block.stored_parts()}, checkpoint)
+    _refuse_leftovers(checkpoint, index, {name for name, _ in block.stored_parts()})
+    return block
 
 
 def load_embedding(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> Embedding:
-    """Load the token embedding."""
-    embedding = Embedding(checkpoint.config, dtype=dtype, device=device)
-    _fill(embedding, checkpoint)
-    return embedding
+    """Load the token embedding; on a CPU its table stays in the file, as stored, and only the rows used are read."""
+    table = checkpoint.tensor("model.embed_tokens.weight")
+    _check_shape(checkpoint, "model.embed_tokens.weight", (checkpoint.config.vocab_size, checkpoint.config.hidden_size))
+    return Embedding(table if device.type == "cpu" else table.to(device, dtype), dtype)
 
 
-def load_head(checkpoint: Checkpoint, embedding: Embedding, *, dtype: torch.dtype, device: torch.device) -> Head:
-    """Load the final norm and the LM head; a tied head shares `embedding`'s storage."""
-    tied = embedding if checkpoint.config.tie_word_embeddings else None
-    head = Head(checkpoint.config, dtype=dtype, device=device, tied_to=tied)
-    _fill(head, checkpoint)
+def load_head(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> Head:
+    """Load the final norm and the LM head as a dense matrix; where it is tied, from the embedding's table."""
+    head = Head(checkpoint.config, dtype=dtype, device=device)
+    parts = dict(head.stored_parts())
+    _fill(
+        {"model.norm.weight": parts["model.norm.weight"], _head_name(checkpoint): parts["lm_head.weight"]}, checkpoint
+    )
     return head
 
 
-def _fill(module: _Stored, checkpoint: Checkpoint) -> None:
-    """Copy every stored part in, and refuse tensors of these blocks that the module has no place for."""
-    wanted = dict(module.stored_parts())
+def load_packed_head(checkpoint: Checkpoint, numerics: Numerics) -> Head:
+    """Load the final norm and the LM head for inference, straight from the file: it is the largest matrix there is."""
+    head = Head(checkpoint.config, dtype=numerics.compute, device=numerics.device)
+    _fill({"model.norm.weight": head.norm.weight}, checkpoint)
+    name = _head_name(checkpoint)
+    _check_shape(checkpoint, name, (checkpoint.config.vocab_size, checkpoint.config.hidden_size))
+    head.lm_head.pack(numerics, checkpoint.tensor(name))
+    return head
+
+
+def _head_name(checkpoint: Checkpoint) -> str:
+    return "model.embed_tokens.weight" if checkpoint.config.tie_word_embeddings else "lm_head.weight"
+
+
+def _fill(wanted: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+    """Copy each named tensor into its view."""
     for name, view in wanted.items():
-        tensor = checkpoint.tensor(name)
-        if tensor.shape != view.shape:
-            raise CheckpointError(
-                f"{checkpoint.path}: tensor {name} has shape {tuple(tensor.shape)}, config.json asks for "
-                f"{tuple(view.shape)}; weights and config.json are not of one model"
-            )
+        _check_shape(checkpoint, name, tuple(view.shape))
         with torch.no_grad():
-            view.copy_(tensor)
-    _refuse_leftovers(checkpoint, wanted.keys())
+            view.copy_(checkpoint.tensor(name))
 
 
-def _refuse_leftovers(checkpoint: Checkpoint, used: Set[str]) -> None:
-    """Refuse tensors of the loaded blocks that found no place: leaving one out would change the maths silently."""
-    blocks = {name.split(".")[2] for name in used if name.startswith("model.layers.")}
-    for name in sorted(checkpoint.tensor_names - used):
+def _check_shape(checkpoint: Checkpoint, name: str, expected: tuple[int, ...]) -> None:
+    found = checkpoint.info(name).shape
+    if found != expected:
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {name} has shape {found}, config.json asks for {expected}; "
+            "weights and config.json are not of one model"
+        )
+
+
+def _refuse_leftovers(checkpoint: Checkpoint, index: int, used: Set[str]) -> None:
+    """Refuse tensors of a loaded block that found no place: leaving one out would change the maths silently."""
+    prefix = f"model.layers.{index}."
+    for name in sorted(checkpoint.tensor_names):
         # Old exports carry the rotary frequencies, which are computed here.
-        if not name.startswith("model.layers.") or name.endswith("rotary_emb.inv_freq"):
+        if not name.startswith(prefix) or name.endswith("rotary_emb.inv_freq"):
             continue
-        if name.split(".")[2] in blocks:
+        if name.removeprefix(prefix) not in used:
             family = checkpoint.config.model_type
             raise UnsupportedModel(f"{checkpoint.path}: the tensor {name} has no place in a {family} block")

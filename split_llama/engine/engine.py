@@ -74,18 +74,22 @@ class Engine:
         num_pages: int,
         page_size: int = PAGE_SIZE,
         attention: Attention | None = None,
+        kv_dtype: torch.dtype | None = None,
+        swap_pages: int = 0,
     ) -> None:
         self.segment = segment
-        self.pool = PagePool(num_pages, page_size)
-        cache = KVCache(
+        self.pool = PagePool(num_pages, page_size, swap_pages)
+        self.cache = KVCache(
             segment.config,
             segment.blocks,
             num_pages=num_pages,
             page_size=page_size,
             dtype=segment.dtype,
             device=segment.device,
+            kv_dtype=kv_dtype,
+            swap_pages=swap_pages,
         )
-        self.executor: Executor = SegmentExecutor(segment, cache, attention or TorchAttention())
+        self.executor: Executor = SegmentExecutor(segment, self.cache, attention or TorchAttention())
 
     @property
     def blocks(self) -> BlockRange:

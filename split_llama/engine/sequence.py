@@ -18,6 +18,7 @@ class Sequence:
     """Block table and lengths of one sequence; every method either succeeds or leaves all as it was.
 
     A page shared with a fork is copied before it is written to. The sequence owns its share of its pages until `free`.
+    Between `swap_out` and `swap_in` their contents lie in host memory, and only lengths may be asked for.
     """
 
     def __init__(self, pool: PagePool, blocks: BlockRange, max_length: int) -> None:
@@ -27,6 +28,7 @@ class Sequence:
         self._table: list[int] = []
         self._length = 0
         self._draft: tuple[int, ...] = ()
+        self._ticket: int | None = None
 
     @property
     def length(self) -> int:
@@ -42,6 +44,31 @@ class Sequence:
     def block_table(self) -> tuple[int, ...]:
         """Pages in the order of their slots."""
         return tuple(self._table)
+
+    @property
+    def ticket(self) -> int | None:
+        """The pool's ticket while the contents lie in host memory."""
+        return self._ticket
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that the slots in use take, here or in host memory."""
+        return -(-self._length // self._pool.page_size)
+
+    def pages_needed(self, first: int, end: int) -> int:
+        """Give how many more pages the pool must have for slots `[first, end)` to be written behind `first` kept ones.
+
+        Negative when pages are left over. Counts a copy of a shared page, and the way back from host memory.
+        """
+        size = self._pool.page_size
+        wanted = -(-end // size)
+        if self._ticket is not None:
+            # All pages come back before any is dropped.
+            return max(wanted, self.num_pages)
+        keep = -(-first // size)
+        freed = sum(not self._pool.is_shared(page) for page in self._table[keep:]) if keep < len(self._table) else 0
+        copies = first % size != 0 and self._pool.is_shared(self._table[keep - 1])
+        return wanted - keep + copies - freed
 
     def append(self, count: int) -> SequenceRun:
         """Add `count` committed rows. Raises `ContextExceeded`, `OutOfPages`."""
@@ -69,11 +96,15 @@ class Sequence:
 
     def _reserve(self, first: int, end: int) -> None:
         """Make the slots `[first, end)` writable: new pages, and a copy of a shared page that is partly filled."""
+        assert self._ticket is None, "swap the sequence in first"
         size = self._pool.page_size
         held = len(self._table)
         shared = first // size if first < held * size and self._pool.is_shared(self._table[first // size]) else None
         needed = max(0, -(-end // size) - held)
-        pages = self._pool.allocate(needed + (shared is not None))
+        if not needed and shared is None:
+            return
+        last = self._table[-1] if held and shared is None else None
+        pages = self._pool.allocate(needed + (shared is not None), after=last)
         if shared is not None:
             copy, *pages_left = pages
             self._pool.record(CopyPage(self._table[shared], copy, slots=first % size))
@@ -109,6 +140,7 @@ class Sequence:
         self._drop_from(length)
 
     def _drop_from(self, length: int) -> None:
+        assert self._ticket is None, "swap the sequence in first"
         self._length, self._draft = length, ()
         keep = -(-length // self._pool.page_size)
         self._pool.release(self._table[keep:])
@@ -116,6 +148,7 @@ class Sequence:
 
     def fork(self, at: int) -> Sequence:
         """Share the first `at` committed slots with a new sequence, without copying. Raises `PositionGap`."""
+        assert self._ticket is None, "swap the sequence in first"
         if not 0 <= at <= self.committed:
             raise PositionGap(f"cannot fork at {at}: the sequence has {self.committed} committed positions")
         child = Sequence(self._pool, self.blocks, self.max_length)
@@ -124,8 +157,23 @@ class Sequence:
         self._pool.share(child._table)
         return child
 
+    def swap_out(self) -> None:
+        """Move the contents to host memory and give the pages up; the pool must have room (`can_swap`)."""
+        assert self._ticket is None, "the sequence is in host memory already"
+        self._ticket = self._pool.swap_out(self._table)
+        self._table = []
+
+    def swap_in(self) -> None:
+        """Take pages again and bring the contents back. Raises `OutOfPages`."""
+        assert self._ticket is not None, "the sequence is not in host memory"
+        self._table = list(self._pool.swap_in(self._ticket))
+        self._ticket = None
+
     def free(self) -> None:
-        """Give all pages back; the sequence is empty afterwards."""
+        """Give all pages back, or forget what lies in host memory; the sequence is empty afterwards."""
+        if self._ticket is not None:
+            self._pool.drop_swap(self._ticket)
+            self._ticket = None
         self._drop_from(0)
 
     def _cache_slot(self, slot: int) -> int:

@@ -12,11 +12,12 @@ from edge_client.edge_model import EdgeModel, Placement, Work
 from split_llama.checkpoint import Checkpoint
 from split_llama.config import BlockRange, Partition
 from split_llama.noise import NoiseScope, NoiseSpec, PrefixNoise
+from split_llama.products import Numerics
 from split_llama.wire.codec import Codec
 
 
 def model(folder: Path, partition: Partition, noise: str) -> EdgeModel:
-    placed = Placement(torch.float32, torch.device("cpu"), 256)
+    placed = Placement(Numerics(torch.float32, "none", torch.device("cpu")), 256)
     edge = EdgeModel(Checkpoint.open(folder), partition, Codec.FP16, placed)
     spec = NoiseSpec.parse(noise)
     blocks = BlockRange(partition.p, 4 - partition.q)

@@ -69,11 +69,12 @@ def test_a_tensor_without_a_place_is_refused_and_old_rotary_buffers_are_not(tiny
 def test_weights_take_the_dtype_asked_for(tiny_checkpoint: TinyCheckpoint, dtype: str) -> None:
     checkpoint = Checkpoint.open(tiny_checkpoint(dtype=torch.bfloat16, tie=True))
     placed: dict[str, Any] = {"dtype": parse_dtype(dtype), "device": parse_device("cpu")}
-    embedding = load_embedding(checkpoint, **placed)
-    head = load_head(checkpoint, embedding, **placed)
-    assert head.weight is embedding.weight
-    assert embedding.weight.dtype == parse_dtype(dtype)
-    assert torch.equal(embedding.weight, checkpoint.tensor("model.embed_tokens.weight").to(parse_dtype(dtype)))
+    table = checkpoint.tensor("model.embed_tokens.weight")
+    rows = load_embedding(checkpoint, **placed)(torch.arange(len(table)))
+    assert rows.dtype == parse_dtype(dtype)
+    assert torch.equal(rows, table.to(parse_dtype(dtype)))
+    head = dict(load_head(checkpoint, **placed).stored_parts())
+    assert torch.equal(head["lm_head.weight"], table.to(parse_dtype(dtype)))
 
 
 def test_unknown_dtypes_and_devices_are_refused() -> None:

@@ -46,7 +46,7 @@ class SplitModel:
         layers = config.num_hidden_layers
         ranges = (partition.segment_a(layers), partition.segment_b(layers), partition.segment_c(layers))
         self.embedding = load_embedding(checkpoint, **FP32)
-        self.head = load_head(checkpoint, self.embedding, **FP32)
+        self.head = load_head(checkpoint, **FP32)
         self.engines = [engine_for(checkpoint, blocks) for blocks in ranges]
         self.sequences = [e.sequence(e.blocks, config.max_position_embeddings) for e in self.engines]
 

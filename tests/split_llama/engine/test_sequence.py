@@ -9,7 +9,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from split_llama.config import BlockRange
 from split_llama.draft_tree import check_tree, is_chain
-from split_llama.engine.pages import CopyPage, MoveSlots, PagePool, ZeroPages
+from split_llama.engine.pages import CopyPage, DropSwap, MoveSlots, PagePool, SwapIn, SwapOut, ZeroPages
 from split_llama.engine.plan import SequenceRun
 from split_llama.engine.sequence import Sequence
 from split_llama.errors import BadRequest, ContextExceeded, OutOfPages, PositionGap
@@ -22,7 +22,8 @@ class SlotMemory:
 
     def __init__(self, pool: PagePool) -> None:
         self.pool = pool
-        self.values: dict[int, int] = {}
+        self.values: dict[int, int | None] = {}
+        self.host: dict[int, list[int | None]] = {}
 
     def run(self, run: SequenceRun, rows: list[int]) -> None:
         """Apply the recorded edits and write the rows, as one pass does."""
@@ -39,13 +40,27 @@ class SlotMemory:
                 case MoveSlots(sources, targets):
                     moved = [self.values[slot] for slot in sources]
                     self.values.update(zip(targets, moved, strict=True))
+                case SwapOut(pages, ticket):
+                    assert ticket not in self.host
+                    self.host[ticket] = [self.values.get(slot) for slot in self.slots(pages)]
+                case SwapIn(ticket, pages):
+                    for slot, value in zip(self.slots(pages), self.host.pop(ticket), strict=True):
+                        self.values[slot] = value
+                case DropSwap(ticket):
+                    del self.host[ticket]
+        assert sum(map(len, self.host.values())) == self.pool.num_swapped * size
         for slot, value in zip(run.cache_slots(size), rows, strict=True):
             self.values[slot] = value
 
-    def read(self, sequence: Sequence, length: int) -> list[int]:
-        """The values at the sequence's first `length` slots, found through its block table."""
-        size = self.pool.page_size
-        return [self.values[sequence.block_table[s // size] * size + s % size] for s in range(length)]
+    def slots(self, pages: tuple[int, ...]) -> list[int]:
+        """The cache slots of pages."""
+        return [page * self.pool.page_size + offset for page in pages for offset in range(self.pool.page_size)]
+
+    def read(self, sequence: Sequence, length: int) -> list[int | None]:
+        """The values at the sequence's first `length` slots, found through its block table or its ticket."""
+        if sequence.ticket is not None:
+            return self.host[sequence.ticket][:length]
+        return [self.values[slot] for slot in self.slots(sequence.block_table)[:length]]
 
 
 class Modelled:
@@ -68,13 +83,13 @@ def trees(draw: st.DrawFn) -> tuple[int, ...]:
 
 
 class SequenceMachine(RuleBasedStateMachine):
-    """Append, draft, accept, roll back, fork and free in any order."""
+    """Append, draft, accept, roll back, fork, swap and free in any order."""
 
     living = Bundle("living")
 
     @initialize(pages=st.integers(4, 24), size=st.sampled_from([1, 2, 4, 8]))
     def start(self, pages: int, size: int) -> None:
-        self.pool = PagePool(pages, size)
+        self.pool = PagePool(pages, size, swap_pages=8)
         self.memory = SlotMemory(self.pool)
         self.all: list[Modelled] = []
         self.next_value = 1
@@ -90,22 +105,27 @@ class SequenceMachine(RuleBasedStateMachine):
 
     @rule(item=living, count=st.integers(1, 20))
     def append(self, item: Modelled, count: int) -> None:
+        if not self.here(item):
+            return
         if item.draft:
             item.sequence.truncate(len(item.rows))
             item.draft = []
+        needed = item.sequence.pages_needed(item.sequence.length, item.sequence.length + count)
         before = item.sequence.block_table, item.sequence.length, self.pool.num_free
         try:
             run = item.sequence.append(count)
-        except (OutOfPages, ContextExceeded):
+        except (OutOfPages, ContextExceeded) as error:
+            assert isinstance(error, ContextExceeded) or needed > self.pool.num_free
             assert before == (item.sequence.block_table, item.sequence.length, self.pool.num_free)
             return
+        assert before[2] - self.pool.num_free == needed
         rows = self.fresh(count)
         self.memory.run(run, rows)
         item.rows += rows
 
     @rule(item=living, tree=trees())
     def draft(self, item: Modelled, tree: tuple[int, ...]) -> None:
-        if item.draft:
+        if item.draft or not self.here(item):
             return
         try:
             run = item.sequence.append_draft(tree)
@@ -116,7 +136,7 @@ class SequenceMachine(RuleBasedStateMachine):
 
     @rule(item=living, leaf=st.integers(0, 9))
     def accept(self, item: Modelled, leaf: int) -> None:
-        if leaf >= len(item.draft):
+        if leaf >= len(item.draft) or not self.here(item):
             return
         nodes = tuple(node for node in range(leaf + 1) if item.tree[leaf] >> node & 1)
         item.sequence.accept(nodes)
@@ -125,6 +145,8 @@ class SequenceMachine(RuleBasedStateMachine):
 
     @rule(item=living, fraction=st.floats(0, 1))
     def truncate(self, item: Modelled, fraction: float) -> None:
+        if not self.here(item):
+            return
         whole = item.rows + (item.draft if is_chain(item.tree) else [])
         length = int(fraction * len(whole))
         item.sequence.truncate(length)
@@ -132,11 +154,38 @@ class SequenceMachine(RuleBasedStateMachine):
 
     @rule(target=living, item=living, fraction=st.floats(0, 1))
     def fork(self, item: Modelled, fraction: float) -> Modelled:
+        if not self.here(item):
+            return self.open()
         at = int(fraction * len(item.rows))
         child = Modelled(item.sequence.fork(at))
         child.rows = item.rows[:at]
         self.all.append(child)
         return child
+
+    @rule(item=living)
+    def swap_out(self, item: Modelled) -> None:
+        sequence = item.sequence
+        if sequence.ticket is None and self.pool.can_swap(sequence.num_pages):
+            alone = sum(not self.pool.is_shared(page) for page in sequence.block_table)
+            free = self.pool.num_free
+            sequence.swap_out()
+            assert self.pool.num_free == free + alone
+
+    def here(self, item: Modelled) -> bool:
+        """Bring the sequence back if there is room."""
+        sequence = item.sequence
+        if sequence.ticket is None:
+            return True
+        free = self.pool.num_free
+        needed = sequence.pages_needed(sequence.length, sequence.length)
+        try:
+            sequence.swap_in()
+        except OutOfPages:
+            assert needed > free
+            assert (sequence.ticket is None, self.pool.num_free) == (False, free)
+            return False
+        assert free - self.pool.num_free == needed
+        return True
 
     @rule(item=consumes(living))
     def free(self, item: Modelled) -> None:
@@ -147,7 +196,10 @@ class SequenceMachine(RuleBasedStateMachine):
     def contents_and_pages_agree(self) -> None:
         if not hasattr(self, "pool"):
             return
-        self.pool.check_integrity(item.sequence.block_table for item in self.all)
+        self.pool.check_integrity(
+            [item.sequence.block_table for item in self.all],
+            [item.sequence.ticket for item in self.all if item.sequence.ticket is not None],
+        )
         # Moves recorded by accept have not been applied yet: a pass without rows does it.
         self.memory.run(SequenceRun(BLOCKS, (), None, 0, 0), [])  # type: ignore[arg-type]
         for item in self.all:
