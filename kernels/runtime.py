@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
-import torch
 import triton
 
 
@@ -16,9 +13,3 @@ def interpreting() -> bool:
 def next_power_of_two(value: int) -> int:
     """Give the smallest power of two that is at least `value`; 1 for anything below."""
     return 1 << max(value - 1, 0).bit_length()
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Count the device's multiprocessors; 1 for a CPU, where the interpreter runs one program after the other."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -1,0 +1,1 @@
+"""Attention over pages and mask descriptors: planner, kernel, launch and reference."""
