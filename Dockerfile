@@ -35,13 +35,13 @@ CMD ["demo"]
 FROM server-base AS cpu
 ARG TORCH_INDEX
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -c /wheels/constraints.txt \
-  "$(echo /wheels/*.whl)[server,scale]"
+  "$(echo /wheels/*.whl)[server]"
 USER fl-llama
 
 FROM server-base AS cuda
 # Triton compiles its launcher with the C compiler.
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
-RUN pip install --no-cache-dir -c /wheels/constraints.txt "$(echo /wheels/*.whl)[server,scale]"
+RUN pip install --no-cache-dir -c /wheels/constraints.txt "$(echo /wheels/*.whl)[server]"
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER fl-llama
 

@@ -12,13 +12,17 @@ def commands() -> list[list[str]]:
     """List the benchmarks with their arguments; a trained model beside the repository takes part if it is there."""
     data = Path(os.environ.get("FL_LLAMA_DATA", "../shared/data"))
     models = ["demo", *([str(data / "stories260K")] if (data / "stories260K").is_dir() else [])]
+    texts = [str(file) for file in sorted((data / "text").glob("*.txt"))]
+    texts = ["--text", *texts] if texts else []
     return [
         ["split_decode"],
         ["wire_bytes"],
         ["products"],
         ["ablation"],
         ["startup"],
-        ["agreement", *models],
+        ["edge_share"],
+        ["control_plane"],
+        ["quality", *models, *texts],
         ["recover_tokens", *models],
     ]
 

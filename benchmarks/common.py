@@ -51,10 +51,11 @@ def write_random_model(folder: Path, config: Mapping[str, Any], seed: int = 0) -
         return torch.randn(rows, columns, generator=generator) / math.sqrt(columns)
 
     width, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    narrow = width // config["num_attention_heads"] * config["num_key_value_heads"]
+    head = config.get("head_dim", width // config["num_attention_heads"])
+    wide, narrow = head * config["num_attention_heads"], head * config["num_key_value_heads"]
     tensors = {"model.embed_tokens.weight": normal(vocab, width), "lm_head.weight": normal(vocab, width)}
     tensors["model.norm.weight"] = torch.ones(width)
-    shapes = {"q": (width, width), "k": (narrow, width), "v": (narrow, width), "o": (width, width)}
+    shapes = {"q": (wide, width), "k": (narrow, width), "v": (narrow, width), "o": (width, wide)}
     mlp = {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
     for block in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{block}"

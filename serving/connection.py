@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from dataclasses import replace
 
 from serving.admission import hello as hello_reply
 from serving.core import Core
@@ -27,7 +26,7 @@ from split_llama.errors import (
     UnsupportedVersion,
 )
 from split_llama.wire.control import Fork, Hello, Open, error_frame
-from split_llama.wire.frame import VERSION, Frame, Kind, encode_message, split_message
+from split_llama.wire.frame import VERSION, Frame, Kind, split_message
 
 OUTGOING_BYTES = 64 * 2**20
 FRAMES_PER_TURN = 64
@@ -38,16 +37,19 @@ class Outbox:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._frames: deque[Frame] = deque()
+        self._frames: deque[tuple[bytes, bytes | memoryview]] = deque()
         self._wake = asyncio.Event()
         self._finishing = False
         self.size = 0
 
-    def put(self, frame: Frame) -> None:
-        """Queue a frame. Beyond the limit it is dropped: the connection is lost anyway and will be told why."""
+    def put(self, frame: Frame, handle: int | None = None) -> None:
+        """Queue a frame, under another handle if one is given.
+
+        Beyond the limit it is dropped: the connection is lost anyway and will be told why.
+        """
         self.size += frame.size
         if self.size <= self._max_bytes:
-            self._frames.append(frame)
+            self._frames.append((frame.header(handle), frame.payload))
         self._wake.set()
 
     def finish(self) -> None:
@@ -64,24 +66,31 @@ class Outbox:
         """Give what is queued as one message, or as much of it as fits; empty if nothing is. Raises `SlowReader`."""
         if self.size > self._max_bytes:
             raise SlowReader(f"{self.size} bytes of replies wait unread, {self._max_bytes} may; read while you send")
-        taken: list[Frame] = []
+        taken: list[bytes | memoryview] = []
         room = max_message_bytes
-        while self._frames and (self._frames[0].size <= room or not taken):
-            taken.append(self._frames.popleft())
-            room -= taken[-1].size
+        while self._frames:
+            header, payload = self._frames[0]
+            room -= len(header) + len(payload)
+            if room < 0 and taken:
+                break
+            taken += self._frames.popleft()
         if not self._frames and not self._finishing:
             self._wake.clear()
-        message = encode_message(taken)
+        message = b"".join(taken)
         self.size -= len(message)
         return message
 
 
 class Connection:
-    """The server's end: handles, and what may be sent back."""
+    """The server's end: handles, and what may be sent back.
+
+    `sending_since` is the monotonic time at which the message began that is on its way now, if one is.
+    """
 
     def __init__(self, core: Core, principal: Principal, *, outgoing_bytes: int = OUTGOING_BYTES) -> None:
         self.principal = principal
         self.outbox = Outbox(outgoing_bytes)
+        self.sending_since: float | None = None
         self._core = core
         self._entries: dict[int, Entry] = {}
         self._greeted = False
@@ -90,9 +99,9 @@ class Connection:
 
     # Mailbox
 
-    def put(self, frame: Frame) -> None:
-        """Queue a frame for the edge."""
-        self.outbox.put(frame)
+    def put(self, frame: Frame, handle: int | None = None) -> None:
+        """Queue a frame for the edge, under another handle if one is given."""
+        self.outbox.put(frame, handle)
         self._changed.set()
 
     def unbind(self, handle: int) -> None:
@@ -214,6 +223,6 @@ class Connection:
 
 def _own_payload(frame: Frame, message_bytes: int) -> Frame:
     """Copy a small payload out of a large message, which would stay in memory as long as the step waits."""
-    if frame.size * 2 >= message_bytes:
-        return frame
-    return replace(frame, payload=bytes(frame.payload))
+    if frame.size * 2 < message_bytes:
+        frame.payload = bytes(frame.payload)
+    return frame

@@ -11,8 +11,9 @@ from enum import Enum
 from serving.admission import check_attach, check_digests, check_request
 from serving.hosted import Hosted
 from serving.keys import KeyRing, Principal
+from serving.memory import PageBudget
 from serving.metrics import Metrics
-from serving.passes import HostPasses
+from serving.passes import Passes
 from serving.registry import Entry, Mailbox, Registry
 from serving.scheduler import Scheduler
 from serving.session import Phase, Session
@@ -20,6 +21,7 @@ from serving.settings import ServerSettings
 from serving.steps import Step
 from serving.worker import Worker
 from split_llama.config import BlockRange
+from split_llama.engine.pages import PagePool
 from split_llama.errors import (
     BadRequest,
     Draining,
@@ -73,10 +75,22 @@ class Core:
         gauge("connections", "WebSocket connections", lambda: len(self.connections))
         gauge("num_requests_running", "Sessions in the running pass", registry.num_running)
         gauge("num_requests_waiting", "Sessions with queued steps only", registry.num_waiting)
-        gauge("kv_cache_usage_ratio", "KV pages in use, 1 is all", self._kv_usage)
+        self._register_memory_gauges()
 
-    def _kv_usage(self) -> float:
-        return 0.0 if self._hosted is None else self._hosted.engine.pool.num_used / self._hosted.engine.pool.num_pages
+    def _register_memory_gauges(self) -> None:
+        def gauge(name: str, text: str, read: Callable[[PageBudget, PagePool], float]) -> None:
+            def value() -> float:
+                return 0.0 if self._hosted is None else read(self._hosted.pages, self._hosted.engine.pool)
+
+            self.metrics.gauge(name, text, value)
+
+        gauge("kv_cache_usage_ratio", "KV pages in use, 1 is all", lambda _, pool: pool.num_used / pool.num_pages)
+        gauge("kv_cache_pages", "KV pages", lambda budget, _: budget.num_pages)
+        gauge("kv_cache_used_pages", "KV pages in use", lambda _, pool: pool.num_used)
+        gauge("kv_cache_page_bytes", "Bytes of one KV page", lambda budget, _: budget.page_bytes)
+        gauge("kv_cache_bytes", "Bytes of all KV pages", lambda budget, _: budget.num_bytes)
+        gauge("kv_swap_bytes", "Host memory for swapped pages", lambda budget, _: budget.swap_pages * budget.page_bytes)
+        gauge("kv_swap_used_bytes", "Of it in use", lambda budget, pool: pool.num_swapped * budget.page_bytes)
 
     # Life
 
@@ -104,13 +118,13 @@ class Core:
         """Say whether the process can go on: false once the engine keeps failing."""
         return not self._broken and (self._worker is None or self._worker.is_healthy)
 
-    def serve(self, hosted: Hosted) -> None:
-        """Begin to work with a loaded model."""
+    def serve(self, hosted: Hosted, passes: Passes | None = None) -> None:
+        """Begin to work with a loaded model, through its own passes unless others are given."""
         self._hosted = hosted
         self._scheduler = Scheduler(hosted.max_rows, hosted.max_num_seqs)
         self._worker = Worker(
             hosted.engine,
-            HostPasses(hosted.engine),
+            passes or hosted.passes,
             self.registry,
             self._scheduler,
             self.metrics,
@@ -221,7 +235,7 @@ class Core:
             entry.send(entry.session.resync())
         else:
             entry.send(Frame(entry.answer, payload=self.grant(entry)))
-        self.worker.kick()
+        self.worker.kick(entry)
 
     def fork(self, parent: Entry, request: Fork, principal: Principal, mailbox: Mailbox, handle: int) -> Entry:
         """Fork a session at a settled position. Raises `PositionGap` and the refusals of OPEN."""
@@ -229,7 +243,7 @@ class Core:
         if not parent.verified:
             raise BadRequest("the parent is still being checked: wait for its Grant before you fork it")
         self.registry.admit(request.session, principal)
-        child = parent.session.fork(request.at)
+        child = self.worker.fork(parent, request.at)
         blocks = (parent.blocks.start, parent.blocks.stop)
         opening = Open(session=request.session, secret=request.secret, blocks=blocks)
         entry = self.registry.add(opening, principal, child, self.clock())
@@ -254,13 +268,14 @@ class Core:
         elif taken is not None:
             if entry.first_step_at is None:
                 entry.first_step_at = now
-            self.worker.kick()
+            self.worker.kick(entry)
 
     def remove(self, entry: Entry) -> None:
         """Close a session for good."""
         owner_is_gone = self.registry.remove(entry)
         if self._scheduler is not None:
             self._scheduler.forget(entry)
+            self.worker.forget(entry)
             if owner_is_gone:
                 self._scheduler.forget_owner(entry.owner)
 

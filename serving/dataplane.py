@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,6 +81,7 @@ async def serve_channel(
         asyncio.create_task(_read(channel, connection), name="reader"),
         asyncio.create_task(_write(core, channel, connection), name="writer"),
         asyncio.create_task(core.closing.wait(), name="closing"),
+        asyncio.create_task(_watch(connection), name="watch"),
     ]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -113,12 +115,19 @@ async def _write(core: Core, channel: Channel, connection: Connection) -> None:
     limit = min(core.hosted.max_message_bytes, SENT_BYTES)
     while await connection.outbox.wait():
         message = connection.outbox.take(limit)
-        try:
-            async with asyncio.timeout(SEND_SECONDS):
-                await channel.send(message)
-        except TimeoutError:
-            raise SlowReader(f"a reply was not read within {SEND_SECONDS:g} seconds; ATTACH again") from None
+        connection.sending_since = time.monotonic()
+        await channel.send(message)
+        connection.sending_since = None
         core.metrics.bytes_out.inc(len(message))
+
+
+async def _watch(connection: Connection) -> None:
+    """Wait until a message has been under way for too long: a timer for every message would cost more than sending."""
+    while True:
+        await asyncio.sleep(SEND_SECONDS / 10)
+        since = connection.sending_since
+        if since is not None and time.monotonic() - since > SEND_SECONDS:
+            raise SlowReader(f"a reply was not read within {SEND_SECONDS:g} seconds; ATTACH again")
 
 
 async def _farewell(core: Core, channel: Channel, connection: Connection, failure: BaseException | None) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from serving.memory import CPU_FRACTION, CUDA_FRACTION, PageBudget, free_bytes, plan_pages
+from serving.device.choose import choose_attention, make_passes
+from serving.memory import PageBudget, PassSize, estimate_pass_bytes, peak_bytes, size_cache
+from serving.passes import Passes
 from serving.scheduler import max_step_rows
 from serving.session import Terms
 from serving.settings import ServerSettings
@@ -16,9 +20,11 @@ from serving.slices import Slices
 from split_llama.checkpoint import Checkpoint
 from split_llama.config import BlockRange, ModelConfig, Partition
 from split_llama.engine.engine import PAGE_SIZE, Engine
-from split_llama.engine.kv_cache import kv_page_bytes
+from split_llama.engine.kv_cache import KV_DTYPES, kv_page_bytes
 from split_llama.errors import UsageError
-from split_llama.load import load_segment, parse_device, parse_dtype
+from split_llama.layers import Segment
+from split_llama.load import load_packed_segment, parse_device, parse_dtype
+from split_llama.products import Numerics
 from split_llama.wire.codec import Codec, row_bytes
 from split_llama.wire.frame import HEADER_SIZE, frame_limit
 
@@ -27,6 +33,9 @@ WINDOW_BYTES = 2 * 2**20
 MESSAGE_BYTES = 2**20
 BATCH_ROWS_CPU = 256
 BATCH_ROWS_CUDA = 2048
+MIB = 2**20
+
+log = logging.getLogger("fl_llama.hosted")
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,9 @@ class Hosted:
     name: str
     checkpoint: Checkpoint
     allowed: Partition
+    numerics: Numerics
     engine: Engine
+    passes: Passes
     pages: PageBudget
     max_model_len: int
     max_rows: int
@@ -55,20 +66,25 @@ class Hosted:
 
     @property
     def dtype_name(self) -> str:
-        """The compute dtype: `float32`, `bfloat16` or `float16`."""
-        return str(self.engine.segment.dtype).removeprefix("torch.")
+        """The type of the weights before any quantisation: `float32`, `bfloat16` or `float16`."""
+        return str(self.numerics.weights).removeprefix("torch.")
+
+    @property
+    def kv_dtype_name(self) -> str:
+        """The type of the KV cache: as `dtype_name`, or `int8` or `float8_e4m3fn`."""
+        return str(self.engine.cache.k.dtype).removeprefix("torch.")
 
     @cached_property
     def geometry(self) -> str:
         """SHA-256 (hex) of everything that changes the maths."""
         return self.config.geometry_digest()
 
-    @property
+    @cached_property
     def max_frame_bytes(self) -> int:
         """Bytes of the largest frame."""
         return frame_limit(self.config.hidden_size)
 
-    @property
+    @cached_property
     def max_message_bytes(self) -> int:
         """Bytes of the largest message."""
         return max(MESSAGE_BYTES, 4 * self.max_frame_bytes)
@@ -97,35 +113,85 @@ def load_hosted(settings: ServerSettings, folder: Path) -> Hosted:
     allowed = Partition.parse(settings.allowed_partitions)
     blocks = allowed.segment_b(config.num_hidden_layers)
     device = parse_device(settings.device)
-    dtype = _dtype(settings, config, checkpoint, device)
+    numerics = Numerics(_dtype(settings, checkpoint, device), settings.quantization, device)
+    dtype = numerics.compute
     max_model_len = _max_model_len(settings, config)
-    segment = load_segment(checkpoint, blocks, dtype=dtype, device=device)
-    on_cuda = device.type == "cuda"
-    pages = plan_pages(
-        free=free_bytes(device),
-        fraction=settings.gpu_memory_utilization or (CUDA_FRACTION if on_cuda else CPU_FRACTION),
-        page_bytes=kv_page_bytes(config, len(blocks), PAGE_SIZE, dtype),
+    attention = choose_attention(settings.attention, config, device, PAGE_SIZE)
+    segment = load_packed_segment(checkpoint, blocks, numerics)
+    max_rows = settings.max_num_batched_tokens or (BATCH_ROWS_CUDA if device.type == "cuda" else BATCH_ROWS_CPU)
+    kv_dtype = dtype if settings.kv_cache_dtype == "auto" else KV_DTYPES[settings.kv_cache_dtype]
+    largest = PassSize(max_rows, max_step_rows(max_rows), max_model_len)
+
+    def workspace() -> int:
+        if device.type == "cuda":
+            return peak_bytes(device, largest_pass(segment, largest, kv_dtype))
+        return estimate_pass_bytes(config, largest, dtype, kv_dtype)
+
+    pages = size_cache(
+        device,
+        workspace=workspace,
+        fraction=settings.gpu_memory_utilization,
+        swap_gib=settings.swap_space,
+        page_bytes=kv_page_bytes(config, len(blocks), PAGE_SIZE, kv_dtype),
         page_size=PAGE_SIZE,
         max_model_len=max_model_len,
         max_sequences=settings.max_num_seqs,
     )
-    return Hosted(
+    engine = Engine(
+        segment, num_pages=pages.num_pages, page_size=PAGE_SIZE, kv_dtype=kv_dtype, swap_pages=pages.swap_pages
+    )
+    hosted = Hosted(
         name=settings.served_model_name or _model_name(settings.model, folder),
         checkpoint=checkpoint,
         allowed=allowed,
-        engine=Engine(segment, num_pages=pages.num_pages, page_size=PAGE_SIZE),
+        numerics=numerics,
+        engine=engine,
+        passes=make_passes(engine, attention, max_rows=max_rows, max_sequences=settings.max_num_seqs),
         pages=pages,
         max_model_len=max_model_len,
-        max_rows=settings.max_num_batched_tokens or (BATCH_ROWS_CUDA if on_cuda else BATCH_ROWS_CPU),
+        max_rows=max_rows,
         max_num_seqs=settings.max_num_seqs,
         slices=Slices(checkpoint, allowed),
     )
+    _log_cache(hosted)
+    return hosted
 
 
-def _dtype(settings: ServerSettings, config: ModelConfig, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+def largest_pass(segment: Segment, size: PassSize, kv_dtype: torch.dtype) -> Callable[[], object]:
+    """Prepare a pass of the largest size over pages of its own, to be run once.
+
+    It has a step at the end of the longest session, and others that fill it up.
+    """
+    rows = [min(size.step_rows, size.rows - start) for start in range(0, size.rows, size.step_rows)]
+    before = max(0, size.positions - rows[0])
+    num_pages = -(-(before + rows[0]) // PAGE_SIZE) + sum(-(-count // PAGE_SIZE) for count in rows[1:])
+    engine = Engine(segment, num_pages=num_pages, page_size=PAGE_SIZE, kv_dtype=kv_dtype)
+    sequences = [engine.sequence(engine.blocks, before + size.rows) for _ in rows]
+    # Never computed: what lies in these pages does not matter.
+    sequences[0].append(before)
+    plan = engine.plan([sequence.append(count) for sequence, count in zip(sequences, rows, strict=True)])
+    states = torch.zeros(size.rows, segment.config.hidden_size, dtype=segment.dtype, device=segment.device)
+    return lambda: engine.run(plan, states)
+
+
+def _log_cache(hosted: Hosted) -> None:
+    pages = hosted.pages
+    log.info(
+        "kv cache dtype=%s pages=%d positions=%d mib=%.1f page_bytes=%d kept_aside_mib=%.1f swap_mib=%.1f",
+        hosted.kv_dtype_name,
+        pages.num_pages,
+        pages.num_slots,
+        pages.num_bytes / MIB,
+        pages.page_bytes,
+        pages.workspace / MIB,
+        pages.swap_pages * pages.page_bytes / MIB,
+    )
+
+
+def _dtype(settings: ServerSettings, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     if settings.dtype != "auto":
         return parse_dtype(settings.dtype)
-    # 16 bit is slower than fp32 for many rows on most CPUs; on CUDA the stored type is what the model was made for.
+    # On a CPU float32 is exact and batches well; on CUDA the stored type is what the model was made for.
     stored = str(checkpoint.raw_config.get("dtype") or checkpoint.raw_config.get("torch_dtype") or "float32")
     return parse_dtype(stored) if device.type == "cuda" else torch.float32
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+
+from serving.histogram import Histogram
 
 PREFIX = "fl_llama"
+# What becomes of a session's pages that are taken back: copied to host memory, or given up until the client's RESYNC.
+SWAPPED, DROPPED = "swapped", "dropped"
 _FINE = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 _TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 _FIRST = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0, 60.0)
@@ -23,7 +27,9 @@ class Metrics:
             return Counter(name, text, labels, namespace=PREFIX, registry=self.registry)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(name, text, namespace=PREFIX, registry=self.registry, buckets=buckets)
+            made = Histogram(f"{PREFIX}_{name}", text, buckets)
+            self.registry.register(made)
+            return made
 
         self.prompt_tokens = counter("prompt_tokens", "Positions applied in prompts and replays")
         self.generation_tokens = counter(
@@ -32,7 +38,11 @@ class Metrics:
         self.steps = counter("steps", "Steps applied")
         self.refusals = counter("refusals", "Refused steps, sessions and connections by error class", ("error",))
         self.faults = counter("pass_faults", "Passes that failed in the engine")
-        self.evictions = counter("evictions", "Sessions whose pages were taken back for others")
+        self.evictions = counter("evictions", "Sessions whose pages were taken back for others, by kind", ("kind",))
+        for kind in (SWAPPED, DROPPED):
+            self.evictions.labels(kind)
+        self.swap_ins = counter("swap_ins", "Sessions brought back from host memory")
+        self.out_of_memory = counter("out_of_memory", "Passes that failed for want of memory")
         self.sessions_opened = counter("sessions_opened", "Sessions opened, attached anew or forked")
         self.connections_opened = counter("connections_opened", "Connections accepted")
         self.bytes_in = counter("received_bytes", "Bytes of frames received")

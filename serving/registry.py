@@ -9,7 +9,7 @@ import hashlib
 import hmac
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from serving.keys import Principal
@@ -24,8 +24,8 @@ from split_llama.wire.frame import Frame, Kind
 class Mailbox(Protocol):
     """Where a connection takes frames to send."""
 
-    def put(self, frame: Frame) -> None:
-        """Queue a frame; never blocks and never raises."""
+    def put(self, frame: Frame, handle: int | None = None) -> None:
+        """Queue a frame, under another handle if one is given; never blocks and never raises."""
         ...
 
     def unbind(self, handle: int) -> None:
@@ -59,7 +59,7 @@ class Entry:
     def send(self, frame: Frame) -> None:
         """Send a frame under the handle of the connection that holds the session now, if any."""
         if self.mailbox is not None:
-            self.mailbox.put(replace(frame, handle=self.handle))
+            self.mailbox.put(frame, self.handle)
 
     def bind(self, mailbox: Mailbox, handle: int) -> None:
         """Hang the session on a connection; the one before forgets it."""

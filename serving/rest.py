@@ -129,6 +129,7 @@ def describe(core: Core) -> dict[str, Any]:
         "hidden_size": hosted.config.hidden_size,
         "num_hidden_layers": hosted.config.num_hidden_layers,
         "dtype": hosted.dtype_name,
+        "quantization": hosted.numerics.quantization,
         "max_model_len": hosted.max_model_len,
         "max_num_seqs": hosted.max_num_seqs,
         "codecs": [codec.label for codec in Codec],

@@ -10,7 +10,8 @@ takes, in this order:
 4. small sessions again, where prefill left room.
 
 In 2-4 the next step always comes from the owner with the fewest rows in this pass, and from that owner's session with
-the fewest rows; ties go to whoever was served longest ago. A session's steps keep their order.
+the fewest rows; ties go to whoever was served longest ago. A session's steps keep their order. When everything that
+waits fits into one pass, all of this comes to the same, and it is taken as it is.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ SMALL_ROWS = 64
 PREFILL_SHARE = 4
 
 
-@dataclass(frozen=True, slots=True)
+# Candidates and picks are not frozen, though nobody changes one: they are made for every session in every pass.
+@dataclass(slots=True)
 class Candidate(Generic[K]):
     """One session with queued work.
 
@@ -40,12 +42,17 @@ class Candidate(Generic[K]):
     waiting_since: float
 
     @property
+    def rows(self) -> int:
+        """All that is queued."""
+        return sum(self.steps)
+
+    @property
     def is_small(self) -> bool:
         """Say whether all that is queued fits beside many others."""
-        return sum(self.steps) <= SMALL_ROWS
+        return self.rows <= SMALL_ROWS
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Pick(Generic[K]):
     """Take the first `steps` queued steps of session `key`, `rows` rows together."""
 
@@ -103,6 +110,10 @@ class Scheduler:
         candidates = [candidate for candidate in candidates if candidate.steps]
         if not candidates:
             return []
+        picks = [Pick(candidate.key, len(candidate.steps), candidate.rows) for candidate in candidates]
+        if len(picks) <= self.max_sequences and sum(pick.rows for pick in picks) <= self.max_rows:
+            self._note_all(candidates)
+            return picks
         one_pass: _Pass[K] = _Pass(self, candidates)
         small = [candidate for candidate in candidates if candidate.is_small]
         prefill = [candidate for candidate in candidates if not candidate.is_small]
@@ -129,6 +140,11 @@ class Scheduler:
     def last_served(self, candidate: Candidate[K]) -> tuple[int, int]:
         """Give the turns at which the candidate's owner and the candidate were last served; 0 is never."""
         return self._owner_served.get(candidate.owner, 0), self._served.get(candidate.key, 0)
+
+    def _note_all(self, candidates: Iterable[Candidate[K]]) -> None:
+        self._turn += 1
+        for candidate in candidates:
+            self._served[candidate.key] = self._owner_served[candidate.owner] = self._turn
 
     def note(self, candidate: Candidate[K]) -> None:
         """Remember that the candidate had a turn now."""

@@ -75,6 +75,7 @@ class Session:
         self._pool = pool
         self._replies: dict[int, Frame] = {}
         self._sizes: dict[int, int] = {}
+        self._unacked_bytes = 0
         self._cancel_wanted = False
 
     # What arrives
@@ -98,13 +99,14 @@ class Session:
         if frame.seq > last + 1:
             raise SequenceGap(f"step {last + 1} is expected next, step {frame.seq} came")
         step = Step.from_frame(frame, self.terms.width, self.terms.max_step_rows, now)
-        projected = Positions.left_by(newest) if newest is not None else self.settled
-        projected.after(step, self.terms.max_length)
+        projected = newest.left if newest is not None else self.settled
+        projected.check(step, self.terms.max_length)
         self._check_window(step)
         if admit is not None:
             admit(step)
         self.queued.append(step)
         self._sizes[step.seq] = step.size
+        self._unacked_bytes += step.size
         return step
 
     @property
@@ -118,7 +120,7 @@ class Session:
             raise BadRequest(f"ack {ack} came, but step {self.applied} is the last one answered")
         for seq in range(self.acked + 1, ack + 1):
             self._replies.pop(seq, None)
-            self._sizes.pop(seq, None)
+            self._unacked_bytes -= self._sizes.pop(seq, 0)
         self.acked = max(self.acked, ack)
 
     def _kept_reply(self, seq: int) -> Frame:
@@ -130,7 +132,7 @@ class Session:
 
     def _check_window(self, step: Step) -> None:
         terms = self.terms
-        steps, size = len(self._sizes) + 1, sum(self._sizes.values()) + step.size
+        steps, size = len(self._sizes) + 1, self._unacked_bytes + step.size
         # A lone step always fits, however wide its rows are.
         if steps > terms.window_steps or (size > terms.window_bytes and steps > 1):
             raise WindowExceeded(
@@ -142,7 +144,7 @@ class Session:
     def cancel(self, seq: int) -> Frame | None:
         """Drop queued steps from `seq` on. Gives the CANCEL answer; while steps are left, `finish` gives it later."""
         while self.queued and self.queued[-1].seq >= seq:
-            del self._sizes[self.queued.pop().seq]
+            self._forget_size(self.queued.pop())
         self._cancel_wanted = True
         return self.finish()
 
@@ -170,6 +172,8 @@ class Session:
         if self.running or not self.queued or self.phase is not Phase.ACTIVE:
             return ()
         before = self.queued[0]
+        if len(self.queued) == 1:
+            return (before.count,)
         rows = [before.count]
         for step in islice(self.queued, 1, None):
             if not step.continues(before):
@@ -181,35 +185,42 @@ class Session:
     def start(self, count: int) -> tuple[Step, ...]:
         """Begin with the first `count` queued steps, as far as `ready_rows` gave them."""
         assert not self.running, "steps are running already"
-        self.running.extend(self.queued.popleft() for _ in range(count))
+        for _ in range(count):
+            self.running.append(self.queued.popleft())
         return tuple(self.running)
 
     def plan(self, step: Step) -> SequenceRun:
         """Do the page operations of a running step, in order. Raises `OutOfPages`."""
-        after = self._planned.after(step, self.terms.max_length)
         self._check_pages(step)
+        if self.sequence.ticket is not None:
+            self.sequence.swap_in()
         draft = self._planned.draft
         if step.accept is not None and draft is not None and draft.tree is not None:
             self.sequence.accept(step.accept)
         elif step.first < self.sequence.length:
             self.sequence.truncate(step.first)
         run = self.sequence.append_draft(step.tree) if step.tree is not None else self.sequence.append(step.count)
-        self._planned = after
+        self._planned = step.left
         return run
 
     def _check_pages(self, step: Step) -> None:
         """Raise `OutOfPages` before anything is rolled back, so that the same step can be sent again."""
-        size, table = self._pool.page_size, self.sequence.block_table
-        keep = -(-step.first // size)
-        freed = sum(not self._pool.is_shared(page) for page in table[keep:])
-        copies = step.first % size != 0 and self._pool.is_shared(table[keep - 1])
-        needed = -(-step.end // size) - keep + copies
-        if needed > self._pool.num_free + freed:
+        needed, free = self.pages_needed(step), self._pool.num_free
+        if needed > free:
             raise OutOfPages(
-                f"{needed} KV pages of {size} positions are needed, {self._pool.num_free + freed} are free; "
+                f"{needed} more KV pages of {self._pool.page_size} positions are needed, {free} are free; "
                 "send the same step again later",
                 retry_after_ms=500,
             )
+
+    def pages_needed(self, step: Step) -> int:
+        """Give how many free pages the next step to be planned takes; negative if it gives more back."""
+        return self.sequence.pages_needed(step.first, step.end)
+
+    def postpone(self, step: Step) -> None:
+        """Put an unplanned running step, and those behind it, back into the queue."""
+        while self.running and self.running[-1].seq >= step.seq:
+            self.queued.appendleft(self.running.pop())
 
     def complete(self, step: Step, reply: Frame) -> None:
         """Record that the first running step was applied; its reply is kept until it is acknowledged."""
@@ -217,7 +228,7 @@ class Session:
         assert self.running[0] is step, "steps complete in order"
         self.running.popleft()
         self.applied = step.seq
-        self.settled = Positions.left_by(step)
+        self.settled = step.left
         self._replies[step.seq] = reply
 
     def refuse(self, step: Step, error: FlLlamaError) -> list[Refusal]:
@@ -226,7 +237,7 @@ class Session:
             self.queued.appendleft(self.running.pop())
         refused = self.running.pop()
         assert refused is step, "only a running step can be refused"
-        del self._sizes[step.seq]
+        self._forget_size(step)
         gap = f"step {step.seq} was refused ({type(error).__name__}) and is expected next"
         refusals = [(step.seq, error), *((later.seq, SequenceGap(gap)) for later in self.queued)]
         self._drop_queue()
@@ -234,20 +245,33 @@ class Session:
 
     def _drop_queue(self) -> None:
         for step in self.queued:
-            del self._sizes[step.seq]
+            self._forget_size(step)
         self.queued.clear()
+
+    def _forget_size(self, step: Step) -> None:
+        self._unacked_bytes -= self._sizes.pop(step.seq)
 
     # Pages come and go
 
     def fork(self, at: int) -> Session:
-        """Share the first `at` positions with a new session. Raises `PositionGap` where they are not settled yet."""
+        """Share the first `at` positions with a new session.
+
+        Raises `PositionGap` where they are not settled yet, `OutOfPages` if there is no way back from host memory.
+        """
         limit = min([self.settled.committed, *(step.first for step in (*self.running, *self.queued))])
         if at > limit:
             raise PositionGap(
                 f"a fork at position {at} was asked for, {limit} positions of the session are settled; "
                 "wait for the replies of the steps before it"
             )
+        if self.sequence.ticket is not None:
+            self.sequence.swap_in()
         return Session(self.sequence.fork(at), self._pool, self.terms)
+
+    def swap_out(self) -> None:
+        """Move the contents of the pages to host memory, until the next step or fork; the pool must have room there."""
+        assert not self.running, "the pages are in use"
+        self.sequence.swap_out()
 
     def lose(self) -> None:
         """Give all pages up and forget all steps; the client hears of it through `resync`."""
@@ -260,6 +284,7 @@ class Session:
         self.running.clear()
         self._replies.clear()
         self._sizes.clear()
+        self._unacked_bytes = 0
         self._cancel_wanted = False
         self.settled = self._planned = Positions()
         self.acked = self.applied

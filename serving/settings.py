@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from split_llama.config import QUANTIZATIONS
 from split_llama.errors import UsageError
 from split_llama.settings import setting
 
 SECTION = "server"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
+KV_DTYPES = (*DTYPES, "int8", "fp8")
+ATTENTIONS = ("auto", "triton", "torch")
 MIN_BATCHED_TOKENS = 4
 
 
 def _positive(value: float) -> None:
     if value <= 0:
         raise ValueError("expected a number above 0")
+
+
+def _not_negative(value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError("expected a number of at least 0")
 
 
 def _fraction(value: float) -> None:
@@ -43,7 +52,12 @@ class ServerSettings:
     host: str = setting("127.0.0.1", "address to listen at")
     port: int = setting(8700, "port to listen at; 0 takes any free one", check=_port)
     device: str = setting("auto", "auto, cpu or cuda[:N]")
-    dtype: str = setting("auto", "compute type of the hosted blocks", choices=DTYPES)
+    dtype: str = setting(
+        "auto", "type of the weights; auto is float32 on a CPU and the checkpoint's on CUDA", choices=DTYPES
+    )
+    quantization: str = setting(
+        "none", "store the weights in fewer bits: int8; on CUDA also fp8 and int4", choices=QUANTIZATIONS
+    )
     allowed_partitions: str = setting("1,1", "the least p,q an edge may choose; [p, L-q) is hosted", metavar="P,Q")
     max_model_len: int | None = setting(None, "most positions of a session (default: the model's own)", check=_positive)
     max_num_seqs: int = setting(64, "most sessions in one pass", check=_positive)
@@ -54,7 +68,20 @@ class ServerSettings:
     gpu_memory_utilization: float | None = setting(
         None, "fraction of the free memory for the KV cache (default: 0.9 on CUDA, 0.4 on a CPU)", check=_fraction
     )
-    kv_cache_dtype: str = setting("auto", "type of the KV cache; auto is the compute type", choices=("auto",))
+    kv_cache_dtype: str = setting(
+        "auto", "type of the KV cache; auto is the compute type, int8 and fp8 have a scale per head", choices=KV_DTYPES
+    )
+    attention: str = setting(
+        "auto",
+        "how passes are computed: auto is triton (kernels and CUDA graphs) where they can run, else torch",
+        choices=ATTENTIONS,
+    )
+    swap_space: float | None = setting(
+        None,
+        "host memory, in GiB, for the KV pages of idle sessions when pages run out (default: 4 on CUDA, 0 on a CPU)",
+        check=_not_negative,
+        metavar="GIB",
+    )
     served_model_name: str | None = setting(None, "name under which the model is listed")
     api_key: str | None = setting(None, "a key that clients must send", secret=True)
     api_key_file: Path | None = setting(None, "file of keys made by `split-server keys create`")

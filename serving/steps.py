@@ -11,12 +11,16 @@ from split_llama.wire.codec import Codec
 from split_llama.wire.frame import Flag, Frame, Kind
 from split_llama.wire.step import parse_step, reply_rows
 
+# Plain integers: an IntFlag makes a new member at each `&`, and this module runs for every step.
+_LAST, _DRAFT = int(Flag.REPLY_LAST), int(Flag.DRAFT)
 
-@dataclass(frozen=True, slots=True)
+
+# Neither steps nor positions are frozen, though nobody changes one: frozen, they would take five times as long to make.
+@dataclass(slots=True)
 class Step:
     """A step that was checked against its own header. `rows` holds `count` encoded rows, not yet decoded.
 
-    `size` is the bytes of its frame, `arrived` a monotonic time in seconds.
+    `size` is the bytes of its frame, `arrived` a monotonic time in seconds, `left` what the step leaves behind.
     """
 
     seq: int
@@ -29,6 +33,7 @@ class Step:
     rows: bytes | memoryview
     size: int
     arrived: float
+    left: Positions
 
     @classmethod
     def from_frame(cls, frame: Frame, width: int, max_rows: int, now: float) -> Step:
@@ -36,17 +41,19 @@ class Step:
         if frame.count > max_rows:
             raise BadStates(f"a step may have {max_rows} rows here, {frame.count} came; send it in parts")
         payload = parse_step(frame, width)
+        draft = Draft(frame.first, frame.count, payload.tree) if frame.flags & _DRAFT else None
         return cls(
             seq=frame.seq,
             first=frame.first,
             count=frame.count,
-            codec=Codec(frame.codec),
+            codec=payload.codec,
             flags=frame.flags,
             tree=payload.tree,
             accept=payload.accept,
             rows=payload.rows,
             size=frame.size,
             arrived=now,
+            left=Positions(frame.first + frame.count, draft),
         )
 
     @property
@@ -57,7 +64,7 @@ class Step:
     @property
     def is_draft(self) -> bool:
         """Say whether the rows stay tentative."""
-        return bool(self.flags & Flag.DRAFT)
+        return bool(self.flags & _DRAFT)
 
     @property
     def is_decode(self) -> bool:
@@ -75,7 +82,7 @@ class Step:
 
     def reply(self, rows: bytes) -> Frame:
         """Build the REPLY around encoded rows; the handle is filled in when it is sent."""
-        first = self.end - 1 if self.flags & Flag.REPLY_LAST else self.first
+        first = self.end - 1 if self.flags & _LAST else self.first
         return Frame(Kind.REPLY, self.codec, seq=self.seq, first=first, count=self.num_replies, payload=rows)
 
 
@@ -88,7 +95,7 @@ class Draft:
     tree: tuple[int, ...] | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Positions:
     """A session's length, tentative rows included, and its pending draft."""
 
@@ -100,8 +107,8 @@ class Positions:
         """Positions that stay."""
         return self.length if self.draft is None else self.draft.base
 
-    def after(self, step: Step, max_length: int) -> Positions:
-        """Say what the step leaves behind. Raises `PositionGap`, `ContextExceeded`, `BadRequest` if it does not fit."""
+    def check(self, step: Step, max_length: int) -> None:
+        """Check that a step fits behind. Raises `PositionGap`, `ContextExceeded`, `BadRequest`."""
         if step.accept is not None:
             self._check_accept(step)
         elif step.first > self.length:
@@ -119,12 +126,6 @@ class Positions:
                 f"step {step.seq} would make the session {step.end} positions long, this server's context holds "
                 f"{max_length}; shorten the prompt or the answer"
             )
-        return self.left_by(step)
-
-    @classmethod
-    def left_by(cls, step: Step) -> Positions:
-        """Say what a step leaves behind that is known to fit."""
-        return cls(step.end, Draft(step.first, step.count, step.tree) if step.is_draft else None)
 
     def _check_accept(self, step: Step) -> None:
         nodes: Sequence[int] = step.accept or ()

@@ -24,12 +24,13 @@ _LAST, _NONE, _DRAFT, _TREE, _ACCEPT = (int(flag) for flag in Flag)
 _ALL = _LAST | _NONE | _DRAFT | _TREE | _ACCEPT
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepPayload:
-    """A parsed step: `tree` ancestor bits per row, self included; `accept` nodes, root to leaf; `rows` encoded."""
+    """A parsed step: `tree` ancestor bits per row, self included; `accept` nodes, root to leaf; `rows` in `codec`."""
 
     tree: tuple[int, ...] | None
     accept: tuple[int, ...] | None
+    codec: Codec
     rows: bytes | memoryview
 
 
@@ -90,7 +91,7 @@ def parse_step(frame: Frame, width: int) -> StepPayload:
         if any(payload[tree_bytes + frame.aux : tree_bytes + accept_bytes]):
             raise BadRequest("the padding behind the accepted nodes must be zero")
         check_accept(accept)
-    return StepPayload(tree, accept, payload[tree_bytes + accept_bytes :])
+    return StepPayload(tree, accept, codec, payload[tree_bytes + accept_bytes :])
 
 
 def max_rows(codec: Codec, width: int, max_frame_bytes: int) -> int:

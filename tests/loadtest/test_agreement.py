@@ -117,6 +117,11 @@ def test_evictions_are_mentioned() -> None:
     assert "pages of 2 sessions" in agreement.notes[0]
 
 
+def test_sessions_that_came_back_from_host_memory_replayed_nothing() -> None:
+    kinds = f'{EVICTIONS}{{kind="swapped"}} 7.0\n{EVICTIONS}{{kind="dropped"}} 2.0\n'
+    assert read_counters(metrics_text(dict.fromkeys(COUNTERS, 0.0)) + kinds)[EVICTIONS] == 2.0
+
+
 def test_a_restarted_server_cannot_be_compared() -> None:
     ledger = ledger_of([])
     agreement = compare(ledger, NOTHING | {STEPS: 5.0}, faithful(ledger))

@@ -80,7 +80,11 @@ class Place:
 
     def check_pages(self) -> None:
         """Every page is accounted for."""
-        self.hosted.engine.pool.check_integrity([e.session.sequence.block_table for e in self.core.registry])
+        sequences = [entry.session.sequence for entry in self.core.registry]
+        self.hosted.engine.pool.check_integrity(
+            [sequence.block_table for sequence in sequences],
+            [sequence.ticket for sequence in sequences if sequence.ticket is not None],
+        )
 
 
 MakePlace = Callable[..., Awaitable[Place]]

@@ -159,14 +159,19 @@ async def test_context_gives_both_lengths(make_place: Any, states: Floats, whole
     await goes_on(session, states, whole, first=40)
 
 
-async def test_no_pages_left_and_the_same_step_again(make_place: Any, states: Floats, whole: Whole) -> None:
-    place = await make_place(max_model_len=64, max_num_seqs=1)
+async def test_no_pages_left_and_the_same_step_again(make_place: Any, clock: Any, states: Floats, whole: Whole) -> None:
+    place = await make_place(max_model_len=64, max_num_seqs=1, clock=clock, evict_seconds=1000.0)
     assert place.hosted.engine.pool.num_pages == 4
     first, second = await opened(place), await opened(place, "bob")
     await first.run(0, states[:40])
+    # What was promised to the first one lapses.
+    clock.now += 6
     await second.run(0, states[:10])
     frame = second.step(10, states[10:20])
     await second.edge.send(frame)
+    await asyncio.sleep(0.3)
+    assert not second.edge.inbox, "it waits for room"
+    clock.now += 11
     error = await second.edge.error(1, seq=2)
     assert isinstance(error, OutOfPages)
     assert error.retry_after_ms > 0

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from serving.session import Phase, Session, Terms
 from serving.steps import Step
 from split_llama.config import BlockRange
-from split_llama.engine.pages import CopyPage, MoveSlots, PagePool, ZeroPages
+from split_llama.engine.pages import CopyPage, DropSwap, MoveSlots, PagePool, SwapIn, SwapOut, ZeroPages
 from split_llama.engine.sequence import Sequence
 from split_llama.errors import (
     BadRequest,
@@ -35,7 +35,7 @@ from split_llama.wire.codec import Codec
 from split_llama.wire.frame import Flag, Frame, Kind
 from split_llama.wire.step import build_step
 
-PAGE, PAGES, MAX_LENGTH, WINDOW = 4, 9, 24, 5
+PAGE, PAGES, SWAP_PAGES, MAX_LENGTH, WINDOW = 4, 9, 6, 24, 5
 TERMS = Terms(window_steps=WINDOW, window_bytes=10_000, max_step_rows=8, max_length=MAX_LENGTH, width=1)
 TREES = [(1, 3, 5), (1, 3, 7, 11), (1, 3, 5, 13, 21)]
 PATHS = {2: (0, 2), 3: (0, 1), 4: (0, 2, 4)}
@@ -105,11 +105,16 @@ class Twin:
         return view
 
 
+def cache_slots(pages: tuple[int, ...]) -> list[int]:
+    return [page * PAGE + offset for page in pages for offset in range(PAGE)]
+
+
 class SessionMachine(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
-        self.pool = PagePool(PAGES, PAGE)
+        self.pool = PagePool(PAGES, PAGE, swap_pages=SWAP_PAGES)
         self.cells: dict[int, int] = {}
+        self.host: dict[int, list[int | None]] = {}
         self.numbers = itertools.count(1)
         self.twins: list[Twin] = []
         self.open_session()
@@ -239,10 +244,15 @@ class SessionMachine(RuleBasedStateMachine):
             try:
                 if index == bad:
                     raise NonFiniteStates("bad")
+                was_away = twin.real.sequence.ticket is not None
                 before = twin.real.sequence.block_table, twin.real.sequence.length, twin.real.sequence.committed
+                needed, free = twin.real.pages_needed(step), self.pool.num_free
                 run = twin.real.plan(step)
+                assert needed <= free
+                assert self.pool.num_free == free - needed or was_away
             except (NonFiniteStates, OutOfPages) as error:
                 if isinstance(error, OutOfPages):
+                    assert needed > free
                     sequence = twin.real.sequence
                     assert (sequence.block_table, sequence.length, sequence.committed) == before
                 self.expect_refusals(twin, step, error, len(planned))
@@ -274,6 +284,16 @@ class SessionMachine(RuleBasedStateMachine):
             elif isinstance(edit, MoveSlots):
                 moved = [self.cells[slot] for slot in edit.sources]
                 self.cells.update(zip(edit.targets, moved, strict=True))
+            elif isinstance(edit, SwapOut):
+                self.host[edit.ticket] = [self.cells.get(slot) for slot in cache_slots(edit.pages)]
+            elif isinstance(edit, SwapIn):
+                for slot, number in zip(cache_slots(edit.pages), self.host.pop(edit.ticket), strict=True):
+                    self.cells.pop(slot, None)
+                    if number is not None:
+                        self.cells[slot] = number
+            elif isinstance(edit, DropSwap):
+                del self.host[edit.ticket]
+        assert sum(map(len, self.host.values())) == self.pool.num_swapped * PAGE
         for step, run in planned:
             numbers = struct.unpack(f"<{step.count}I", step.rows)
             self.cells.update(zip(run.cache_slots(PAGE), numbers, strict=True))  # type: ignore[attr-defined]
@@ -302,7 +322,36 @@ class SessionMachine(RuleBasedStateMachine):
             with pytest.raises(PositionGap):
                 twin.real.fork(at)
             return
-        self.twins.append(Twin(twin.real.fork(at), View(twin.view.rows[:at])))
+        try:
+            child = twin.real.fork(at)
+        except OutOfPages:
+            assert twin.real.sequence.ticket is not None
+            return
+        self.compute([])
+        self.twins.append(Twin(child, View(twin.view.rows[:at])))
+
+    @rule(data=st.data())
+    def swap_out(self, data: st.DataObject) -> None:
+        """Steps may be queued meanwhile: whoever waits for room may have to give its own up."""
+        twin = self.pick(data)
+        sequence = twin.real.sequence
+        if sequence.block_table and self.pool.can_swap(len(sequence.block_table)):
+            twin.real.swap_out()
+            self.compute([])
+
+    @rule(data=st.data(), count=st.integers(1, 5), keep=st.integers(0, 4))
+    def postpone(self, data: st.DataObject, count: int, keep: int) -> None:
+        """Steps that find no room go back into the queue, those behind them too; nothing else changes."""
+        twin = self.pick(data)
+        ready = twin.real.ready_rows()
+        if ready:
+            steps = twin.real.start(min(count, len(ready)))
+            if keep < len(steps):
+                twin.real.postpone(steps[keep])
+            assert tuple(twin.real.running) == steps[:keep]
+            if twin.real.running:
+                twin.real.postpone(steps[0])
+            assert twin.real.ready_rows() == ready
 
     @rule(data=st.data(), really=st.integers(0, 3))
     def lose(self, data: st.DataObject, really: int) -> None:
@@ -337,11 +386,19 @@ class SessionMachine(RuleBasedStateMachine):
     def pages_are_conserved_and_hold_the_right_rows(self) -> None:
         if not hasattr(self, "twins"):
             return
-        self.pool.check_integrity([twin.real.sequence.block_table for twin in self.twins])
+        sequences = [twin.real.sequence for twin in self.twins]
+        self.pool.check_integrity(
+            [sequence.block_table for sequence in sequences],
+            [sequence.ticket for sequence in sequences if sequence.ticket is not None],
+        )
         for twin in self.twins:
-            table = twin.real.sequence.block_table
-            slots = [table[i // PAGE] * PAGE + i % PAGE for i in range(len(twin.view.rows))]
-            assert [self.cells.get(slot) for slot in slots] == twin.view.rows
+            ticket = twin.real.sequence.ticket
+            found = (
+                [self.cells.get(slot) for slot in cache_slots(twin.real.sequence.block_table)]
+                if ticket is None
+                else self.host[ticket]
+            )
+            assert found[: len(twin.view.rows)] == twin.view.rows
             assert twin.real.settled.length == len(twin.view.rows)
             assert twin.real.applied == twin.applied
             assert len(twin.real.queued) == len(twin.queue)

@@ -148,7 +148,7 @@ async def test_many_sessions_at_once_are_each_alone(place: Any, states: Floats, 
 
 async def test_pages_are_zeroed_before_another_owner_gets_them(make_place: Any, states: Floats) -> None:
     place = await make_place(max_num_seqs=1, max_model_len=32)
-    pool, cache = place.hosted.engine.pool, place.hosted.engine.executor._cache
+    pool, cache = place.hosted.engine.pool, place.hosted.engine.cache
     assert pool.num_pages == 2
     alice = await (await place.connect("alice")).open(1, BLOCKS)
     await alice.run(0, states[:32])

@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from split_llama.errors import BadStates, NonFiniteStates, UsageError
-from split_llama.wire.codec import BF16_MAX, FP16_MAX, GROUP, Codec, Floats, decode_rows, encode_rows, row_bytes
+from split_llama.wire.codec import (
+    BF16_MAX,
+    FP16_MAX,
+    GROUP,
+    Codec,
+    Floats,
+    decode_rows,
+    encode_rows,
+    finite_rows,
+    row_bytes,
+)
 
 ALL = pytest.mark.parametrize("codec", list(Codec), ids=lambda codec: codec.label)
 WIDTHS = st.sampled_from([1, 7, 63, 64, 65, 128, 200])
@@ -162,3 +172,19 @@ def test_codecs_are_chosen_by_name_and_refused_by_number() -> None:
         Codec.parse("int4")
     with pytest.raises(BadStates, match="unknown codec 9"):
         Codec.from_wire(9)
+
+
+@pytest.mark.parametrize("codec", list(Codec))
+@pytest.mark.parametrize("width", [1, 63, 64, 130])
+def test_finite_rows_are_told_without_decoding(codec: Codec, width: int) -> None:
+    states = np.random.default_rng(0).standard_normal((6, width)).astype(np.float32)
+    states[0], states[1] = 65504.0, -65504.0
+    encoded = np.frombuffer(encode_rows(codec, states), np.uint8).reshape(6, -1).copy()
+    assert finite_rows(codec, encoded, width).all()
+    kind = np.dtype("<u4" if codec is Codec.FP32 else "<u2")
+    exponent = {Codec.FP32: 0x7F800000, Codec.BF16: 0x7F80}.get(codec, 0x7C00)
+    sign = 1 << (8 * kind.itemsize - 1)
+    # The last number of a row is a value, or a scale of int8: infinity, minus infinity, and NaN of both signs.
+    for row, bits in zip((0, 2, 3, 5), (exponent, exponent | sign, exponent | 1, exponent | sign | 1), strict=True):
+        encoded[row, -kind.itemsize :] = np.array([bits], kind).view(np.uint8)
+    assert finite_rows(codec, encoded, width).tolist() == [False, True, False, False, True, False]
