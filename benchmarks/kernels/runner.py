@@ -10,7 +10,7 @@ import gc
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.kernels.bandwidth import copy_bandwidth
+from benchmarks.kernels.transformers_batching import transformers_batching
 from serving.device.graphs import Most
 from serving.device.passes import DevicePasses
 from serving.device.runner import Runner
@@ -59,6 +60,11 @@ TINY = Size(32, 48, 4, 2, 2, 2, 24, 2, 4, 3, 0.0)
 
 def measure(device: torch.device, quick: bool) -> list[dict[str, Any]]:
     """Time steps, passes, idle time and throughput; a case that fails gives its error and leaves the others be."""
+    return list(rows(device, quick))
+
+
+def rows(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
+    """Yield what `measure` lists, as soon as it is there."""
     size = TINY if device.type != "cuda" else QUICK if quick else LLAMA_2_7B
     cases: dict[str, Callable[[World], dict[str, Any]]] = {
         "one session": one_session,
@@ -66,18 +72,20 @@ def measure(device: torch.device, quick: bool) -> list[dict[str, Any]]:
         "idle device": idle_device,
         "throughput": throughput,
     }
-    figures: list[dict[str, Any]] = []
     try:
         world = World(device, size, quick)
     except Exception:
-        return [{"kernel": "runner", "case": "start", "error": traceback.format_exc()}]
-    figures.append(row("start", world.start_figures))
+        yield row("start", {"error": traceback.format_exc()})
+        return
+    yield row("start", world.start_figures)
+    ours = None
     for name, case in cases.items():
-        figures.append(attempt(name, lambda case=case: case(world)))
-    ours = figures[-1].get("decode_tokens_per_second")
+        figures = attempt(name, lambda case=case: case(world))
+        ours = figures.get("decode_tokens_per_second")
+        yield figures
     world.close()
-    figures.append(attempt("transformers", lambda: transformers_batching(device, size, ours)))
-    return figures
+    work = (size.sessions, size.prompt, size.new)
+    yield attempt("transformers", lambda: transformers_batching(device, hf_config(size), *work, ours))
 
 
 def row(case: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -130,14 +138,14 @@ class World:
         segment = random_segment(size, device)
         self.weights = sum(parameter.nbytes for parameter in segment.parameters())
         longest = max(size.context, size.prompt + size.new) + 8 * size.steps
-        pages = (2 * size.sessions + 1) * -(-longest // PAGE_SIZE)
+        pages = (size.sessions + 1) * -(-longest // PAGE_SIZE)
         self.engine = Engine(segment, num_pages=pages, page_size=PAGE_SIZE)
         for cache in (self.engine.cache.k, self.engine.cache.v):
             cache.normal_()
         self.runner = Runner(segment, self.engine.cache, Most(PASS_ROWS, size.sessions))
         made = time.perf_counter()
-        self.runner.warm_up(size.warm_up_seconds)
         self.passes = DevicePasses(self.runner)
+        self.passes.warm_up(size.warm_up_seconds)
         self.bandwidth = copy_bandwidth(device, quick)
         assert self.runner.graphs is not None
         self.graphs = self.runner.graphs
@@ -304,39 +312,3 @@ def free(sequences: Sequence[KVSequence]) -> None:
     """Give pages back."""
     for sequence in sequences:
         sequence.free()
-
-
-def transformers_batching(device: torch.device, size: Size, ours: float | None) -> dict[str, Any]:
-    """Decode tokens per second of `generate_batch` with its own defaults, while all requests decode."""
-    import transformers
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-
-    fields = {name: value for name, value in hf_config(size).items() if name != "model_type"}
-    with torch.device(device):
-        model = LlamaForCausalLM(LlamaConfig(**fields)).to(torch.bfloat16).eval()
-    draw = np.random.default_rng(1)
-    prompts = [draw.integers(3, VOCAB, size.prompt).tolist() for _ in range(size.sessions)]
-    # No token ends a text.
-    config = GenerationConfig(max_new_tokens=size.new, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    began = time.perf_counter()
-    outputs = model.generate_batch(
-        inputs=prompts, generation_config=config, record_timestamps=True, progress_bar=False, warmup=True
-    )
-    wall = time.perf_counter() - began
-    stamps = [output.timestamps for output in outputs.values()]
-    rate = steady_rate(stamps)
-    return {
-        "version": transformers.__version__,
-        "attention": model.config._attn_implementation,
-        "requests": len(stamps),
-        "decode_tokens_per_second": rate,
-        "wall_seconds_with_its_start": wall,
-        "runner_times_faster": None if ours is None or rate is None else ours / rate,
-    }
-
-
-def steady_rate(stamps: Sequence[Sequence[float]]) -> float | None:
-    """Tokens per second between the last request's first token and the first request's last one."""
-    begin, end = max(times[0] for times in stamps), min(times[-1] for times in stamps)
-    tokens = sum(begin < at <= end for times in stamps for at in times)
-    return tokens / (end - begin) if end > begin and tokens else None

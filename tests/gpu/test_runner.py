@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -89,7 +90,10 @@ def no_hidden_waits(device: torch.device) -> Iterator[Callable[[bool], None]]:
     """Switch: whatever would make the host wait for the device without saying so raises."""
 
     def switch(on: bool) -> None:
-        torch.cuda.set_sync_debug_mode("error" if on else "default")
+        with warnings.catch_warnings():
+            # It warns that it does not see everything.
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error" if on else "default")
 
     yield switch
     switch(False)
