@@ -20,7 +20,7 @@ from serving.slices import Slices
 from split_llama.checkpoint import Checkpoint
 from split_llama.config import BlockRange, ModelConfig, Partition
 from split_llama.engine.engine import PAGE_SIZE, Engine
-from split_llama.engine.kv_cache import KV_DTYPES, kv_page_bytes
+from split_llama.engine.kv_cache import KV_DTYPES, Order, kv_page_bytes
 from split_llama.errors import UsageError
 from split_llama.layers import Segment
 from split_llama.load import load_packed_segment, parse_device, parse_dtype
@@ -138,7 +138,12 @@ def load_hosted(settings: ServerSettings, folder: Path) -> Hosted:
         max_sequences=settings.max_num_seqs,
     )
     engine = Engine(
-        segment, num_pages=pages.num_pages, page_size=PAGE_SIZE, kv_dtype=kv_dtype, swap_pages=pages.swap_pages
+        segment,
+        num_pages=pages.num_pages,
+        page_size=PAGE_SIZE,
+        kv_dtype=kv_dtype,
+        swap_pages=pages.swap_pages,
+        kv_order=Order.HEADS if attention == "torch" else Order.PAGES,
     )
     hosted = Hosted(
         name=settings.served_model_name or _model_name(settings.model, folder),

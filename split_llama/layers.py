@@ -30,6 +30,18 @@ class BlockAttention(Protocol):
         ...
 
 
+# Rotary angles are tabulated for so many positions at first.
+LEAST_ANGLES = 512
+
+
+class BlockForward(Protocol):
+    """The forward of one block."""
+
+    def __call__(self, block: int, x_ND: Tensor, cos: Tensor, sin: Tensor, attend: BlockAttention) -> Tensor:
+        """Give the block's output `[N, D]`; `block` is its number in the whole model."""
+        ...
+
+
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
     """Make storage for weights that a checkpoint fills; frozen, for training leaves the base alone."""
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
@@ -71,22 +83,35 @@ def _llama3_frequencies(frequencies: Tensor, rope: Rope) -> Tensor:
 
 
 class RotaryEmbedding(nn.Module):
-    """Cosine and sine of the rotary angles (Su et al. 2021) for given positions."""
+    """Rotary angles (Su et al. 2021) of given positions, from tables that grow with the positions asked for."""
 
     inverse_frequencies: Tensor
+    cos: Tensor
+    signed_sin: Tensor
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         super().__init__()
         frequencies = inverse_frequencies(config.rope, config.head_dim).to(device)
+        for name in ("cos", "signed_sin"):
+            self.register_buffer(name, torch.empty(0, 1, config.head_dim, device=device), persistent=False)
         self.register_buffer("inverse_frequencies", frequencies, persistent=False)
 
     def forward(self, positions_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Give what `rotate` takes, each `[N, 1, K]`: computed in float32, then cast."""
-        angles = positions_N.float()[:, None] * self.inverse_frequencies
-        cos, sin = angles.cos(), angles.sin()
-        cos = torch.cat((cos, cos), dim=-1)[:, None, :]
-        signed_sin = torch.cat((-sin, sin), dim=-1)[:, None, :]
+        last = int(positions_N.max())
+        if last >= len(self.cos):
+            self._tabulate(max(LEAST_ANGLES, 2 ** (last + 1).bit_length()))
+        cos, signed_sin = self.cos.index_select(0, positions_N), self.signed_sin.index_select(0, positions_N)
         return cos.to(dtype), signed_sin.to(dtype)
+
+    def _tabulate(self, positions: int) -> None:
+        frequencies = self.inverse_frequencies
+        # Whoever asks first, the tables serve training too.
+        with torch.inference_mode(False):
+            angles = torch.arange(positions, device=frequencies.device).float()[:, None] * frequencies
+            cos, sin = angles.cos(), angles.sin()
+            self.cos = torch.cat((cos, cos), dim=-1)[:, None, :]
+            self.signed_sin = torch.cat((-sin, sin), dim=-1)[:, None, :]
 
 
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
@@ -104,6 +129,7 @@ class FusedLinear(nn.Module):
         super().__init__()
         rows = sum(parts.values())
         self.parts = parts
+        self.width = width
         self.weight: nn.Parameter | None = _empty((rows, width), dtype, device)
         self.bias = _empty((rows,), dtype, device) if bias else None
         self.product: Product | None = None
@@ -230,7 +256,10 @@ class Block(nn.Module):
 
 
 class Segment(nn.Module):
-    """The blocks `[start, stop)` of a model; A, B and C are segments. `dtype` is that of states, norms and KV."""
+    """The blocks `[start, stop)` of a model; A, B and C are segments. `dtype` is that of states, norms and KV.
+
+    `layers` own the weights, and `forwards` run them: the layers themselves, or what was made of them for inference.
+    """
 
     def __init__(
         self,
@@ -250,12 +279,13 @@ class Segment(nn.Module):
         self.rotary = RotaryEmbedding(config, device)
         self.layers = nn.ModuleList(layers or (Block(config, dtype, device) for _ in range(len(blocks))))
         assert len(self.layers) == len(blocks), "one layer per block"
+        self.forwards: list[BlockForward] = list(self.layers)
 
     def forward(self, span: BlockRange, x_ND: Tensor, positions_N: Tensor, attend: BlockAttention) -> Tensor:
         """Run rows `[N, D]` with rotary positions `[N]` through the blocks of `span`, which this segment contains."""
         cos, sin = self.rotary(positions_N, x_ND.dtype)
         for block in range(span.start, span.stop):
-            x_ND = self.layers[block - self.blocks.start](block, x_ND, cos, sin, attend)
+            x_ND = self.forwards[block - self.blocks.start](block, x_ND, cos, sin, attend)
         return x_ND
 
     @property

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Set
 import torch
 from torch import Tensor
 
+from split_llama.bare import BareBlock
 from split_llama.checkpoint import Checkpoint
 from split_llama.config import BlockRange
 from split_llama.errors import CheckpointError, UnsupportedModel, UsageError
@@ -74,8 +75,11 @@ def load_packed_segment(checkpoint: Checkpoint, blocks: BlockRange, numerics: Nu
         block.pack(numerics)
         return block
 
-    layers = (packed_block(index) for index in range(blocks.start, blocks.stop))
-    return Segment(checkpoint.config, blocks, dtype=compute, device=device, layers=layers)
+    layers = [packed_block(index) for index in range(blocks.start, blocks.stop)]
+    segment = Segment(checkpoint.config, blocks, dtype=compute, device=device, layers=layers)
+    if device.type == "cpu":
+        segment.forwards = [BareBlock(layer) for layer in layers]
+    return segment
 
 
 def _load_block(checkpoint: Checkpoint, index: int, dtype: torch.dtype, device: torch.device) -> Block:

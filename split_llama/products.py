@@ -100,7 +100,7 @@ class Packed:
         self._dtype = dtype
         self._bias = None if bias is None else bias.to(dtype)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), GOOD_ROWS)
-        self._multiply: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
+        self._multiply: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default._op
         self.nbytes = weight.numel() * dtype.itemsize
 
     def __call__(self, x_ND: Tensor) -> Tensor:
@@ -156,7 +156,8 @@ class DynamicInt8:
         # Without 8-bit dot products in hardware, sums of full-range products overflow 16 bits.
         self._reduce_range = not torch.cpu._is_vnni_supported()
         self._weight: Any = torch.ops.quantized.linear_prepack(_per_output_int8(weight), None)
-        self._multiply: Callable[..., Tensor] = torch.ops.quantized.linear_dynamic.default
+        # The operator without its Python wrapper, which costs as much as a small product.
+        self._multiply: Callable[..., Tensor] = torch.ops.quantized.linear_dynamic.default._op
         self._bias = bias
         self._range_1D = torch.zeros(1, weight.shape[1])
         self._range_1D[0, :2] = torch.tensor([-1.0, 1.0])

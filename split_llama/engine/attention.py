@@ -75,11 +75,6 @@ class _RowRead:
     k: tuple[Tensor, ...]
     v: tuple[Tensor, ...]
 
-    @classmethod
-    def of(cls, cache: KVCache, slots: slice) -> _RowRead:
-        k, v = (stored.flatten(1, 2)[:, None, slots].transpose(2, 3) for stored in (cache.k, cache.v))
-        return cls(cache.blocks.start, k.unbind(0), v.unbind(0))
-
     def attend(self, block: int, q_NHK: Tensor) -> Tensor:
         k, v = self.k[block - self.first_block], self.v[block - self.first_block]
         out: Tensor = F.scaled_dot_product_attention(q_NHK.view(1, k.shape[1], -1, k.shape[3]), k, v)
@@ -105,9 +100,9 @@ class _PlannedAttention:
 
 def _plan_read(run: SequenceRun, window: int, cache: KVCache) -> _Read:
     slots, mask = _visible_slots(run, window, cache.page_size, cache.k.device)
-    as_computed = cache.k.dtype == cache.compute_dtype
-    if run.count == 1 and mask is None and as_computed and isinstance(slots, slice):
-        return _RowRead.of(cache, slots)
+    if run.count == 1 and mask is None and cache.heads_first is not None and isinstance(slots, slice):
+        k, v = (tensor[:, :, :, slots].unbind(0) for tensor in cache.heads_first)
+        return _RowRead(cache.blocks.start, k, v)
     return _MaskedRead(cache, slots, mask)
 
 

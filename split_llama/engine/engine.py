@@ -10,7 +10,7 @@ from torch import Tensor
 
 from split_llama.config import BlockRange
 from split_llama.engine.attention import Attention, TorchAttention
-from split_llama.engine.kv_cache import KVCache
+from split_llama.engine.kv_cache import KVCache, Order
 from split_llama.engine.pages import PagePool
 from split_llama.engine.plan import BatchPlan, SequenceRun, Stage
 from split_llama.engine.sequence import Sequence
@@ -76,6 +76,7 @@ class Engine:
         attention: Attention | None = None,
         kv_dtype: torch.dtype | None = None,
         swap_pages: int = 0,
+        kv_order: Order = Order.PAGES,
     ) -> None:
         self.segment = segment
         self.pool = PagePool(num_pages, page_size, swap_pages)
@@ -88,6 +89,7 @@ class Engine:
             device=segment.device,
             kv_dtype=kv_dtype,
             swap_pages=swap_pages,
+            order=kv_order,
         )
         self.executor: Executor = SegmentExecutor(segment, self.cache, attention or TorchAttention())
 

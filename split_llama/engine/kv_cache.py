@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -23,6 +24,22 @@ KV_DTYPES = {
 }
 # The largest stored magnitude of a quantised type: amax of a head maps to it.
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+class Order(Enum):
+    """What lies side by side in memory; the shape of `KVCache.k` and `v` is the same."""
+
+    PAGES = "all heads of a slot, then the next slot: what the kernels read"
+    HEADS = "all slots of a head, then the next head: what PyTorch's attention reads fastest"
+
+    def of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Reorder `[blocks, pages, page_size, kv_heads, head_dim]`."""
+        blocks, pages, page_size, heads, width = shape
+        return shape if self is Order.PAGES else (blocks, heads, pages, page_size, width)
+
+
+def _in_order(storage: Tensor, order: Order) -> Tensor:
+    return storage if order is Order.PAGES else storage.permute(0, 2, 3, 1, 4)
 
 
 def kv_page_bytes(config: ModelConfig, num_blocks: int, page_size: int, dtype: torch.dtype) -> int:
@@ -51,6 +68,7 @@ class KVCache:
         device: torch.device,
         kv_dtype: torch.dtype | None = None,
         swap_pages: int = 0,
+        order: Order = Order.PAGES,
     ) -> None:
         stored = kv_dtype or dtype
         shape = (len(blocks), num_pages, page_size, config.num_key_value_heads, config.head_dim)
@@ -58,8 +76,8 @@ class KVCache:
         self.page_size = page_size
         self.compute_dtype = dtype
         # Not cleared: what was never written is never visible, and on a CPU untouched pages cost no memory.
-        self.k = torch.empty(shape, dtype=stored, device=device)
-        self.v = torch.empty(shape, dtype=stored, device=device)
+        self.k = _in_order(torch.empty(order.of(shape), dtype=stored, device=device), order)
+        self.v = _in_order(torch.empty(order.of(shape), dtype=stored, device=device), order)
         self.k_scale: Tensor | None = None
         self.v_scale: Tensor | None = None
         if stored in LARGEST:
@@ -68,6 +86,11 @@ class KVCache:
         # What edits move about.
         self._stores = [_movable(t) for t in (self.k, self.v, self.k_scale, self.v_scale) if t is not None]
         self._swap = SwapStore(self._stores, swap_pages)
+        # Views `[blocks, 1, kv_heads, slots, head_dim]` of K and V, where they are stored in the type of the blocks.
+        self.heads_first: tuple[Tensor, Tensor] | None = None
+        if stored == dtype:
+            k, v = (tensor.flatten(1, 2)[:, None].transpose(2, 3) for tensor in (self.k, self.v))
+            self.heads_first = (k, v)
         self._parts = [
             (_Part.of(self.k, self.k_scale, local), _Part.of(self.v, self.v_scale, local))
             for local in range(len(blocks))
@@ -80,8 +103,9 @@ class KVCache:
 
     def write(self, block: int, slots_N: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> None:
         """Store rows of block `block` in cache slots (int64, `page * page_size + offset`)."""
-        for part, rows in zip(self._parts[block - self.blocks.start], (k_NGK, v_NGK), strict=True):
-            part.write(slots_N, rows)
+        k, v = self._parts[block - self.blocks.start]
+        k.write(slots_N, k_NGK)
+        v.write(slots_N, v_NGK)
 
     def read(self, block: int, slots: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Give K and V `[slots, kv_heads, head_dim]` in the compute type; a slice of plain K and V copies nothing."""

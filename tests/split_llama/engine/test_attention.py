@@ -12,7 +12,7 @@ from torch import Tensor
 
 from split_llama.config import BlockRange, ModelConfig
 from split_llama.engine.attention import TorchAttention
-from split_llama.engine.kv_cache import KVCache
+from split_llama.engine.kv_cache import KVCache, Order
 from split_llama.engine.plan import SequenceRun
 from split_llama.mask import NO_TAIL, MaskDescriptor, to_dense
 
@@ -74,8 +74,9 @@ def dense(run: SequenceRun, window: int, q: Tensor, k: Tensor, v: Tensor) -> Ten
 @pytest.mark.parametrize("window", [0, 1, 7, 16])
 @pytest.mark.parametrize("page_size", [1, 8, 16])
 @pytest.mark.parametrize(("heads", "groups", "width"), [(4, 4, 8), (6, 2, 16)])
+@pytest.mark.parametrize("order", Order, ids=lambda order: order.name)
 def test_every_mask_family_matches_the_dense_mask(
-    window: int, page_size: int, heads: int, groups: int, width: int
+    window: int, page_size: int, heads: int, groups: int, width: int, order: Order
 ) -> None:
     torch.manual_seed(0)
     cache = KVCache(
@@ -85,6 +86,7 @@ def test_every_mask_family_matches_the_dense_mask(
         page_size=page_size,
         dtype=torch.float32,
         device=torch.device("cpu"),
+        order=order,
     )
     runs = families(page_size, random.Random(page_size))
     k_cache, v_cache = cache.block(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 from split_llama.checkpoint import Checkpoint
 from split_llama.config import BlockRange, ModelConfig
 from split_llama.engine.engine import Engine
-from split_llama.engine.kv_cache import KV_DTYPES, KVCache, dequantise, kv_page_bytes, quantise
+from split_llama.engine.kv_cache import KV_DTYPES, KVCache, Order, dequantise, kv_page_bytes, quantise
 from split_llama.engine.pages import CacheEdit, CopyPage, DropSwap, MoveSlots, PagePool, SwapIn, SwapOut, ZeroPages
 from split_llama.engine.sequence import Sequence
 from split_llama.load import load_embedding, load_head, load_segment
@@ -29,9 +30,18 @@ def config(tiny_checkpoint: TinyCheckpoint) -> ModelConfig:
     return Checkpoint.open(tiny_checkpoint()).config
 
 
-def cache_of(config: ModelConfig, stored: torch.dtype, pages: int = 6, swap: int = 0) -> KVCache:
-    places: dict[str, Any] = {"num_pages": pages, "page_size": 4, "swap_pages": swap}
-    return KVCache(config, BLOCKS, dtype=torch.float32, device=CPU, kv_dtype=stored, **places)
+CacheOf = Callable[..., KVCache]
+
+
+@pytest.fixture(params=Order, ids=lambda order: order.name)
+def cache_of(request: pytest.FixtureRequest) -> CacheOf:
+    """Make a cache, in either order of its memory."""
+
+    def make(config: ModelConfig, stored: torch.dtype, pages: int = 6, swap: int = 0) -> KVCache:
+        places: dict[str, Any] = {"num_pages": pages, "page_size": 4, "swap_pages": swap, "order": request.param}
+        return KVCache(config, BLOCKS, dtype=torch.float32, device=CPU, kv_dtype=stored, **places)
+
+    return make
 
 
 def fill(cache: KVCache, config: ModelConfig, pages: int = 6) -> None:
@@ -48,7 +58,7 @@ def contents(cache: KVCache) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("stored", STORED, ids=str)
-def test_a_page_takes_the_bytes_it_is_said_to(config: ModelConfig, stored: torch.dtype) -> None:
+def test_a_page_takes_the_bytes_it_is_said_to(cache_of: CacheOf, config: ModelConfig, stored: torch.dtype) -> None:
     cache = cache_of(config, stored)
     assert sum(part.nbytes for part in contents(cache)) == 6 * kv_page_bytes(config, 2, 4, stored)
 
@@ -56,7 +66,7 @@ def test_a_page_takes_the_bytes_it_is_said_to(config: ModelConfig, stored: torch
 @pytest.mark.parametrize("stored", STORED, ids=str)
 @pytest.mark.parametrize("slots", [slice(5, 14), torch.tensor([7, 0, 22, 13])], ids=["slice", "gather"])
 def test_what_was_written_is_read_in_the_compute_type(
-    config: ModelConfig, stored: torch.dtype, slots: slice | Tensor
+    cache_of: CacheOf, config: ModelConfig, stored: torch.dtype, slots: slice | Tensor
 ) -> None:
     cache = cache_of(config, stored)
     rows = {}
@@ -73,7 +83,7 @@ def test_what_was_written_is_read_in_the_compute_type(
                 assert torch.equal(got, want.to(stored).float())
 
 
-def test_a_slice_of_plain_values_is_a_view(config: ModelConfig) -> None:
+def test_a_slice_of_plain_values_is_a_view(cache_of: CacheOf, config: ModelConfig) -> None:
     cache = cache_of(config, torch.float32)
     assert cache.read(2, slice(3, 9))[1].data_ptr() == cache.block(2)[1][3].data_ptr()
 
@@ -113,7 +123,7 @@ def test_zeros_stay_zeros_and_what_is_not_finite_does_not_pass_for_a_number(dtyp
 
 
 @pytest.mark.parametrize("stored", STORED, ids=str)
-def test_edits_move_values_and_scales_alike(config: ModelConfig, stored: torch.dtype) -> None:
+def test_edits_move_values_and_scales_alike(cache_of: CacheOf, config: ModelConfig, stored: torch.dtype) -> None:
     cache = cache_of(config, stored, swap=4)
     fill(cache, config)
     want = contents(cache)
@@ -141,7 +151,9 @@ def test_edits_move_values_and_scales_alike(config: ModelConfig, stored: torch.d
         assert torch.equal(got, expected)
 
 
-def test_a_failed_edit_leaves_the_others_whole(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_edit_leaves_the_others_whole(
+    cache_of: CacheOf, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = cache_of(config, torch.float32, swap=4)
     fill(cache, config)
     want = contents(cache)
@@ -164,7 +176,7 @@ def test_a_failed_edit_leaves_the_others_whole(config: ModelConfig, monkeypatch:
         assert not got[:, 2].any()
 
 
-def test_swaps_of_a_plan_that_failed_early_are_made_up_for_once(config: ModelConfig) -> None:
+def test_swaps_of_a_plan_that_failed_early_are_made_up_for_once(cache_of: CacheOf, config: ModelConfig) -> None:
     cache = cache_of(config, torch.float32, swap=4)
     fill(cache, config)
     want = contents(cache)
