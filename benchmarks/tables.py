@@ -23,12 +23,17 @@ def markdown(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 def split_decode(result: Mapping[str, Any]) -> str:
     """Tokens per second with their spread, and the ratio to transformers in the same run."""
     rates = result["tokens_per_second"]
-    base = rates["transformers"]["median"]
     rows = [
-        [name, f"{rate['median']:.1f} [{rate['min']:.1f}-{rate['max']:.1f}]", f"{rate['median'] / base:.2f}"]
+        [
+            name.replace("_", " "),
+            f"{rate['median']:.1f} [{rate['min']:.1f}-{rate['max']:.1f}]",
+            f"{rate['median'] / rates['transformers_float32']['median']:.2f}",
+            f"{rate['median'] / rates['transformers_bfloat16']['median']:.2f}",
+        ]
         for name, rate in rates.items()
     ]
-    speeds = markdown(["", "tokens/s, median [range]", "x transformers"], rows)
+    head = ["weights and sessions", "tokens/s, median [range]", "x transformers float32", "x transformers bfloat16"]
+    speeds = markdown(head, rows)
     outside = [
         [
             name,
@@ -50,12 +55,64 @@ def wire_bytes(result: Mapping[str, Any]) -> str:
 
 
 def products(result: Mapping[str, Any]) -> str:
-    """Gigabytes of weights per second by shape and rows."""
+    """Gigabytes of weights per second by shape, way and rows."""
+    counts = sorted({row["rows"] for row in result["rows"]} - {0})
+    table: dict[tuple[str, str], dict[int, str]] = {}
+    for row in result["rows"]:
+        shape = f"{row['out']} x {row['in']}"
+        table.setdefault((shape, row["way"]), {})[row["rows"]] = f"{row['gb_s']:.1f}"
+    rows = []
+    for (shape, way), rates in table.items():
+        if way == "read":
+            rows.append([shape, "straight reading", rates[0], *[""] * (len(counts) - 1)])
+        else:
+            rows.append([shape, way, *(rates.get(count, "") for count in counts)])
+    return markdown(["weights", "GB/s of", *(f"{count} rows" for count in counts)], rows)
+
+
+def edge_share(result: Mapping[str, Any]) -> str:
+    """Time and memory of an 8B model's edge share, beside the time of reading its bytes."""
     rows = [
-        [f"{row['out']} x {row['in']}", row["rows"], f"{row['linear_gb_s']:.1f}", f"{row['project_gb_s']:.1f}"]
+        [
+            row["weights"],
+            f"{row['read_bytes_per_token'] / 1e9:.2f}",
+            f"{row['token_ms']['median']:.0f} [{row['token_ms']['min']:.0f}-{row['token_ms']['max']:.0f}]",
+            f"{row['memory_limit_ms']['median']:.0f}",
+            f"{row['token_ms']['median'] / row['memory_limit_ms']['median']:.2f}",
+            f"{row['held_bytes'] / 1e9:.2f}",
+            f"{row['load_seconds']:.0f}",
+        ]
         for row in result["rows"]
     ]
-    return markdown(["weights", "rows", "`F.linear`, GB/s", "`project`, GB/s"], rows)
+    head = [
+        "weights",
+        "GB read a token",
+        "ms/token, median [range]",
+        "ms to read them",
+        "ratio",
+        "GB held",
+        "s to load",
+    ]
+    return markdown(head, rows)
+
+
+def control_plane(result: Mapping[str, Any]) -> str:
+    """Steps per second of a server without a device, and of an echo, by load."""
+    rows = []
+    for setting in result["settings"]:
+        server, echo = setting["server"], setting["echo"]
+        load = f"{setting['sessions']} / {setting['connections']} / {setting['in_flight']}"
+        each = server["steps_per_second"]
+        rows.append(
+            [
+                load,
+                f"{each['median']:,.0f} [{each['min']:,.0f}-{each['max']:,.0f}]",
+                f"{server['per_cpu_second']['median']:,.0f}",
+                f"{echo['steps_per_second']['median']:,.0f}",
+            ]
+        )
+    head = ["sessions / connections / in flight", "steps/s, median [range]", "steps per CPU second", "echo, steps/s"]
+    return markdown(head, rows)
 
 
 def ablation(result: Mapping[str, Any]) -> str:
@@ -85,16 +142,25 @@ def startup(result: Mapping[str, Any]) -> str:
     return markdown(["", "seconds, median [range]"], rows)
 
 
-def agreement(result: Mapping[str, Any]) -> str:
-    """Agreement of greedy tokens, and the margins."""
+def quality(result: Mapping[str, Any]) -> str:
+    """Agreement of greedy tokens, the margins where they differ, and perplexity over that of float32."""
+    exact = {row["model"]: row["perplexity"] for row in result["rows"] if row["agreement"] == 1 and _is_exact(row)}
     rows = []
     for row in result["rows"]:
-        different, everywhere = row["margin_where_different"], row["margin_everywhere"]
+        variant, different = row["variant"], row["margin_where_different"]
         shown = "-" if different is None else f"{different['p50']:.3f} / {different['p90']:.3f}"
-        share, all_margins = f"{row['agreement']:.2%}", f"{everywhere['p10']:.2f} / {everywhere['p50']:.2f}"
-        rows.append([row["model"], row["dtype"], row["codec"], share, row["positions"], shown, all_margins])
-    head = ["model", "compute", "wire", "same token", "positions", "margin where different, p50 / p90"]
-    return markdown([*head, "margin everywhere, p10 / p50"], rows)
+        weights = variant["dtype"] if variant["quantization"] == "none" else variant["quantization"]
+        base = exact[row["model"]]
+        texts = [f"{100 * (value / base[name] - 1):+.2f}%" for name, value in row["perplexity"].items()]
+        changed = "" if _is_exact(row) else " ".join(texts[: 1 if row["model"] == "demo" else None])
+        rows.append([row["model"], weights, variant["kv"], variant["codec"], f"{row['agreement']:.2%}", shown, changed])
+    texts = ", ".join(next(iter(exact.values())))
+    head = ["model", "weights", "KV", "wire", "same token", "margin where different, p50 / p90"]
+    return markdown([*head, f"perplexity: {texts}"], rows)
+
+
+def _is_exact(row: Mapping[str, Any]) -> bool:
+    return list(row["variant"].values()) == ["float32", "none", "float32", "fp32"]
 
 
 def recover_tokens(result: Mapping[str, Any]) -> str:
@@ -114,7 +180,17 @@ def recover_tokens(result: Mapping[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     function.__name__: function
-    for function in (split_decode, wire_bytes, products, ablation, startup, agreement, recover_tokens)
+    for function in (
+        split_decode,
+        edge_share,
+        control_plane,
+        wire_bytes,
+        products,
+        ablation,
+        startup,
+        quality,
+        recover_tokens,
+    )
 }
 
 
