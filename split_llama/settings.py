@@ -141,12 +141,15 @@ def load_settings(
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Name the known key closest to a mistyped one, as the end of a sentence; empty without any known key."""
+    """Name the known key closest to a mistyped one, as the end of a sentence, or all; empty without any known key."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; known are {', '.join(known)}" if known else ""
+    return closest(name, known) or (f"; known are {', '.join(known)}" if known else "")
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """Name the word closest to a mistyped one, as the end of a sentence; empty where none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _from_flags(fields: Iterable[str], flags: Mapping[str, object]) -> dict[str, tuple[object, str]]:
@@ -216,7 +219,7 @@ def _convert(hint: Any, field: dataclasses.Field[Any], raw: object, origin: str)
         value = _parse(kind, raw)
         choices = field.metadata.get("choices")
         if choices and value not in choices:
-            raise ValueError(f"expected one of {', '.join(choices)}{nearest(str(value), choices)}")
+            raise ValueError(f"expected one of {', '.join(choices)}{closest(str(value), choices)}")
         check = field.metadata.get("check")
         if check is not None:
             check(value)
