@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from dataclasses import dataclass
 from enum import Enum
 
@@ -36,6 +38,21 @@ class Order(Enum):
         """Reorder `[blocks, pages, page_size, kv_heads, head_dim]`."""
         blocks, pages, page_size, heads, width = shape
         return shape if self is Order.PAGES else (blocks, heads, pages, page_size, width)
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Take memory that need not be cleared: what was never written is never visible.
+
+    On a CPU memory costs nothing until it is written to, and then by the system's page. Large pages, which suit the
+    weights, would have each session take, and clear, megabytes for every head of every block.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or not size:
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
 
 
 def _in_order(storage: Tensor, order: Order) -> Tensor:
@@ -75,9 +92,8 @@ class KVCache:
         self.blocks = blocks
         self.page_size = page_size
         self.compute_dtype = dtype
-        # Not cleared: what was never written is never visible, and on a CPU untouched pages cost no memory.
-        self.k = _in_order(torch.empty(order.of(shape), dtype=stored, device=device), order)
-        self.v = _in_order(torch.empty(order.of(shape), dtype=stored, device=device), order)
+        self.k = _in_order(_allocate(order.of(shape), stored, device), order)
+        self.v = _in_order(_allocate(order.of(shape), stored, device), order)
         self.k_scale: Tensor | None = None
         self.v_scale: Tensor | None = None
         if stored in LARGEST:
