@@ -57,7 +57,7 @@ class EdgeProcesses:
         for process, reader in zip(self._processes, self._readers, strict=True):
             # A reader that ended by itself has seen its process end.
             if not reader.done() or reader.cancelled() or reader.exception() is not None:
-                process.kill()
+                _kill(process)
         await asyncio.gather(*(process.wait() for process in self._processes), *self._readers, return_exceptions=True)
         for process in self._processes:
             assert process.stdin is not None
@@ -101,7 +101,7 @@ class EdgeProcesses:
         try:
             failure = await self._follow(number)
         except ValueError as error:
-            process.kill()
+            _kill(process)
             failure = FlLlamaError(f"edge process {number} said what is no event: {error}")
         # Reaped here and nowhere else: a kill after the end would take the exit code from asyncio.
         await process.wait()
@@ -147,3 +147,9 @@ def _error(number: int, event: dict[str, Any]) -> FlLlamaError:
     if event["code"]:
         return error_for_code(event["code"], event["message"])
     return FlLlamaError(f"edge process {number} failed: {event['message']}")
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    # It may have ended between the decision and the signal.
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
