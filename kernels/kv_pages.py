@@ -69,9 +69,10 @@ def quantise(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
     The scale is the head's largest magnitude over the type's largest value; a head of zeros has scale 0 and stores 0.
     """
-    wide = values.float()
-    scale = wide.abs().amax(-1) / QUANTISED_MAX[dtype]
-    steps = wide / torch.where(scale == 0, 1.0, scale)[..., None]
+    wide, largest = values.float(), QUANTISED_MAX[dtype]
+    scale = wide.abs().amax(-1) / largest
+    # The smallest numbers over their rounded scale may pass the largest value.
+    steps = (wide / torch.where(scale == 0, 1.0, scale)[..., None]).clamp(-largest, largest)
     return (steps.round() if dtype == torch.int8 else steps).to(dtype), scale
 
 

@@ -149,7 +149,8 @@ class DynamicInt8:
     """Int8 weights with a scale per output, rows quantised as they come (PyTorch's dynamic quantised linear).
 
     The operator takes one scale for all rows of a call. So several rows are each divided by their own largest value
-    first, and a row that spans [-1, 1] rides along: then no row's result depends on who shares its batch.
+    first, and a row that spans [-1, 1] rides along: then no row's result depends on who shares its batch. A row that
+    is alone is rounded over its own range instead, which is never coarser; the two differ by rounding.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:

@@ -17,17 +17,9 @@ from torch import Tensor
 from serving.device.memory import HostArena, aligned
 from serving.steps import Step
 from split_llama.errors import FlLlamaError, NonFiniteStates
-from split_llama.wire.codec import Codec, row_bytes
+from split_llama.wire.codec import Codec, finite_rows, row_bytes
 
 ROW_ALIGNMENT = 16
-# Element bytes, the exponent's bits, and its lowest bit: adding that one carries into the sign bit of an exponent of
-# all ones, which is how NaN and infinity are written, and of no other.
-_FLOATS = {
-    Codec.FP32: (4, 0x7F80_0000, 0x0080_0000),
-    Codec.BF16: (2, 0x7F80, 0x0080),
-    Codec.FP16: (2, 0x7C00, 0x0400),
-}
-
 Bytes = npt.NDArray[np.uint8]
 Flags = npt.NDArray[np.bool_]
 Integers = npt.NDArray[Any]
@@ -68,24 +60,9 @@ def stage_payloads(steps: Sequence[Step], width: int, arena: HostArena) -> Stage
             rows[first : first + step.count] = np.frombuffer(step.rows, np.uint8).reshape(step.count, size)
             offsets[index] = start + first * stride
             first += step.count
-        _note_errors(not_finite_rows(codec, rows, width), members, steps, errors)
+        _note_errors(~finite_rows(codec, rows, width), members, steps, errors)
         start += total * stride
     return StagedSteps(tuple(steps), tuple(errors), tuple(offsets), payload)
-
-
-def not_finite_rows(codec: Codec, rows: Bytes, width: int) -> Flags:
-    """Say which encoded rows `[n, bytes]` hold NaN or infinity."""
-    if codec is Codec.INT8:
-        codec, rows = Codec.FP16, np.ascontiguousarray(rows[:, width:])
-    element, exponent, lowest = _FLOATS[codec]
-    word = 8 if rows.shape[1] % 8 == 0 else element
-    ones = sum(1 << (8 * element * lane) for lane in range(word // element))
-    kind = np.dtype(f"<u{word}").type
-    words = rows.view(kind)
-    carried: Integers = (words & kind(exponent * ones)) + kind(lowest * ones)
-    sign = 1 << (8 * element - 1)
-    flags: Flags = (np.bitwise_or.reduce(carried, axis=1) & kind(sign * ones)) != 0
-    return flags
 
 
 def _note_errors(
