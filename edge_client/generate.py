@@ -11,20 +11,11 @@ from dataclasses import dataclass, field
 from edge_client.edge_model import Encoded, LocalSession, Work
 from edge_client.session import RemoteSession
 from edge_client.session_state import Answer
-from edge_client.turn import FinishReason, Turn
+from edge_client.turn import TokenEvent, Turn
 from edge_client.worker import EdgeWorker
 from split_llama.wire.frame import Flag
 
 PREFILL_ROWS = 128
-
-
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """One new token; `text` is what became readable with it, often empty inside a character or a stop string."""
-
-    token: int
-    text: str
-    finish_reason: FinishReason | None
 
 
 @dataclass(slots=True)
@@ -84,7 +75,8 @@ class EdgeSession:
                 self._send(rows, 0)
                 waiting_for += len(rows)
                 self._count_bytes()
-                yield TokenEvent(turn.tokens[-1], turn.take_text(), turn.finish_reason)
+                for event in turn.take_events():
+                    yield event
         finally:
             feeder.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):

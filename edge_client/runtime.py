@@ -24,7 +24,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from edge_client.edge_model import EdgeModel, Placement
-from edge_client.generate import EdgeSession, TokenEvent
+from edge_client.generate import EdgeSession
 from edge_client.link import ServerLink
 from edge_client.model_source import ModelSource, find_model, read_geometry
 from edge_client.rest import ModelCard, RestClient
@@ -33,7 +33,7 @@ from edge_client.settings import EdgeSettings
 from edge_client.state_files import StateFolder, cache_errors, write_atomically
 from edge_client.threads import in_thread
 from edge_client.tokenizer import EdgeTokenizer
-from edge_client.turn import GenerationParams, Turn
+from edge_client.turn import GenerationParams, TokenEvent, Turn
 from edge_client.weights import Progress
 from edge_client.worker import EdgeWorker
 from split_llama.checkpoint import Checkpoint

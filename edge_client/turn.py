@@ -16,6 +16,15 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One new token; `text` is what became readable with it, often empty inside a character or a stop string."""
+
+    token: int
+    text: str
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationParams:
     """How one answer is made. `max_new_tokens` is cut to what the context leaves."""
 
@@ -39,11 +48,24 @@ class Turn:
         self._stops = StopStrings(params.stop)
         self._stream = tokenizer.stream(prompt_ids) if tokenizer is not None else None
         self._pieces: list[str] = []
+        self._events: list[TokenEvent] = []
 
     def choose(self, logits: Tensor) -> tuple[int, ...]:
         """Take the next token from `logits [vocab]`; give what to feed next, nothing when the answer is over."""
         token = self._sampler.choose(logits)
         self.tokens.append(token)
+        feed = self._follow(token)
+        text = "".join(self._pieces)
+        self._pieces.clear()
+        self._events.append(TokenEvent(token, text, self.finish_reason))
+        return feed
+
+    def take_events(self) -> list[TokenEvent]:
+        """Give the tokens chosen since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def _follow(self, token: int) -> tuple[int, ...]:
         if token in self._eos:
             self.finish_reason = "stop"
         else:
@@ -60,12 +82,6 @@ class Turn:
         if self._stops.found is not None:
             self.finish_reason = "stop"
         return ()
-
-    def take_text(self) -> str:
-        """Give the text that became complete since the last call."""
-        text = "".join(self._pieces)
-        self._pieces.clear()
-        return text
 
     def _show(self, text: str) -> None:
         self._pieces.append(self._stops.push(text))

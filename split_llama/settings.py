@@ -31,7 +31,7 @@ from typing import Any, Generic, TypeVar
 
 from split_llama.errors import UsageError
 
-SECTIONS = ("edge", "server", "train", "loadtest")
+SECTIONS = ("edge", "gateway", "server", "train", "loadtest")
 PREFIX = "FL_LLAMA_"
 CONFIG_VARIABLE = "FL_LLAMA_CONFIG"
 # Where tests and benchmarks find their data: no setting of any component.

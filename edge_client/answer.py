@@ -1,4 +1,4 @@
-"""What the commands of `edge-client` do once their settings are known."""
+"""`edge-client generate`: one answer to one prompt, as text or as one JSON object."""
 
 from __future__ import annotations
 
