@@ -6,6 +6,9 @@ replay log. Whatever happens to the server, the session goes on from the log:
 - a lost connection: ATTACH, then the unanswered steps again under their old numbers (the server kept their replies);
 - RESYNC{have}: rows from `have` on are replayed with replies off, then the unanswered steps follow under new numbers;
 - a refusal that may pass (no pages, draining): the step keeps its number and waits; later steps wait behind it.
+
+A draft's rows are tentative: they reach the log when `settle` says which of them stay, and the server hears it with the
+next step. A session that nobody waits for (it is kept for the next turn) replays nothing until it is used again.
 """
 
 from __future__ import annotations
@@ -15,25 +18,29 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from edge_client.step_log import EncodedRows, StepLog
+from split_llama.draft_tree import is_chain
 from split_llama.errors import (
+    BadRequest,
     BadStates,
     Draining,
     FlLlamaError,
     OutOfPages,
+    PositionGap,
     RemoteError,
     SequenceGap,
     UnknownSession,
     WindowExceeded,
 )
 from split_llama.wire.codec import Codec, row_bytes
-from split_llama.wire.control import Grant, Moved, Open, error_from_frame
+from split_llama.wire.control import Fork, Grant, Moved, Open, error_from_frame
 from split_llama.wire.frame import HEADER_SIZE, Flag, Frame, Kind
-from split_llama.wire.step import build_step, max_rows, reply_rows
+from split_llama.wire.step import NODE_BYTES, build_step, max_rows, reply_rows
 
 # Before the grant comes nobody knows the window; any server takes this much behind an OPEN.
 EAGER_STEPS = 4
 EAGER_BYTES = 256 * 1024
 DEFAULT_RETRY_MS = 200
+_NO_FORK = (UnknownSession, PositionGap, BadRequest)
 
 
 class Phase(Enum):
@@ -76,7 +83,14 @@ class Closed:
     """The server confirmed the CLOSE."""
 
 
-Event = Answer | Retry | Failed | Closed
+@dataclass(frozen=True, slots=True)
+class Redirected:
+    """The session's place is at another server now: connect there and `attach`."""
+
+    address: str
+
+
+Event = Answer | Retry | Failed | Closed | Redirected
 
 
 @dataclass(slots=True)
@@ -86,11 +100,32 @@ class _Step:
     flags: int
     token: int | None  # None for replayed rows
     seq: int
+    tree: tuple[int, ...] | None = None
+    accept: tuple[int, ...] | None = None
     sent: bool = False
 
     @property
     def size(self) -> int:
-        return HEADER_SIZE + len(self.rows.data)
+        tree = NODE_BYTES * len(self.tree) if self.tree is not None else 0
+        accept = -(-len(self.accept) // 8) * 8 if self.accept is not None else 0
+        return HEADER_SIZE + tree + accept + len(self.rows.data)
+
+
+@dataclass(slots=True)
+class _Draft:
+    """The draft submitted last. `rows` come with its answer, `path` with `settle`; then the next step says it all."""
+
+    base: int
+    is_tree: bool
+    rows: EncodedRows | None = None
+    path: tuple[int, ...] | None = None
+
+    def accept_for(self, first: int) -> tuple[int, ...] | None:
+        """Give the nodes that a step at `first` accepts; a chain says it by `first` alone."""
+        if not self.is_tree or first <= self.base:
+            return None
+        assert self.path is not None, "a draft is settled before the next step"
+        return self.path[: first - self.base]
 
 
 @dataclass(slots=True)
@@ -109,6 +144,10 @@ class SessionState:
     _steps: deque[_Step] = field(default_factory=deque)
     _control: deque[Frame] = field(default_factory=deque)
     _gaps: Counter[int] = field(default_factory=Counter)
+    _draft: _Draft | None = None
+    _fork: Fork | None = None
+    _forked: bool = False
+    _resync: Frame | None = None
     _opened: bool = False
     _last_seq: int = 0
     _next_token: int = 0
@@ -128,14 +167,42 @@ class SessionState:
 
     def submit(self, first: int, rows: EncodedRows, flags: int = 0) -> int:
         """Queue a step of at most `rows_per_step` rows; give the token that its `Answer` will carry."""
-        assert flags in (0, Flag.REPLY_LAST, Flag.REPLY_NONE), "drafts are not sent through here"
-        self._next_token += 1
-        self._append(first, rows, flags, self._next_token)
-        return self._next_token
+        assert flags in (0, Flag.REPLY_LAST, Flag.REPLY_NONE), "drafts go through `submit_draft`"
+        return self._submit(first, rows, flags, None)
+
+    def submit_draft(self, first: int, rows: EncodedRows, tree: tuple[int, ...]) -> int:
+        """Queue a draft, `tree` with its ancestor bits; `settle` it once its answer is there, before the next step."""
+        chain = is_chain(tree)
+        token = self._submit(first, rows, Flag.DRAFT, None if chain else tree)
+        self._draft = _Draft(first, is_tree=not chain)
+        return token
+
+    def settle(self, path: tuple[int, ...]) -> None:
+        """Keep the nodes `path` of the answered draft, root to leaf, and drop the others."""
+        draft = self._draft
+        assert draft is not None and draft.rows is not None and draft.path is None, "no answered draft is pending"
+        draft.path = path
+        self.log.write(draft.base, draft.rows.pick(path))
+
+    def fork(self, opening: Open, at: int) -> SessionState:
+        """Give a new session that has the first `at` positions of this one, with `opening`'s id and secret.
+
+        Nothing may be under way here. Whatever the server has kept is shared there, the rest is sent again.
+        """
+        assert not self._steps and at <= len(self.log), "only an idle session can be forked, within its length"
+        child = SessionState(opening, self.width, window_steps=self.window_steps, window_bytes=self.window_bytes)
+        child.log = self.log.fork(at)
+        # Should the fork be refused, the child is attached like a session that the server has lost.
+        child._opened = child._forked = True
+        if self.phase is Phase.LIVE and self._resync is None:
+            kept = at if self._draft is None else min(at, self._draft.base)
+            child._fork = Fork(parent=self.handle, at=kept, session=opening.session, secret=opening.secret)
+        return child
 
     def attach(self, handle: int, max_frame_bytes: int, max_step_rows: int) -> None:
         """A connection is there: ask for the session under `handle`."""
         self.handle, self.max_frame_bytes, self.max_step_rows = handle, max_frame_bytes, max_step_rows
+        self._control.clear()
         self._ask()
 
     def detach(self) -> None:
@@ -145,6 +212,7 @@ class SessionState:
         # The server may have made the session although its grant never came.
         self._opened = self._opened or self.phase in (Phase.OPENING, Phase.ATTACHING)
         self.phase = Phase.DETACHED
+        self._fork = self._resync = None
         self._control.clear()
         self._forget_sent()
 
@@ -189,7 +257,7 @@ class SessionState:
             return [Closed()]
         if self.phase is Phase.CLOSED:
             return []
-        if frame.kind in (Kind.OPEN, Kind.ATTACH):
+        if frame.kind in (Kind.OPEN, Kind.ATTACH, Kind.FORK):
             return self._on_grant(Grant.from_bytes(frame.payload))
         if frame.kind is Kind.REPLY:
             return self._on_reply(frame)
@@ -198,26 +266,55 @@ class SessionState:
         if frame.kind is Kind.RESYNC:
             return self._on_resync(frame)
         if frame.kind is Kind.MOVED:
-            address = Moved.from_bytes(frame.payload).address
-            return self._fail(
-                RemoteError(f"the server moved this session to {address}; start again with --server {address}")
-            )
+            return [Redirected(Moved.from_bytes(frame.payload).address)]
         return self._fail(RemoteError(f"the server sent a {frame.kind.name} frame, which does not belong here"))
 
     def _ask(self) -> None:
+        if self._fork is not None:
+            self._ask_fork(self._fork)
+            return
         kind = Kind.ATTACH if self._opened else Kind.OPEN
         self.phase = Phase.ATTACHING if self._opened else Phase.OPENING
         self._forget_sent()
         self._control.append(Frame(kind, handle=self.handle, payload=self.opening.to_bytes()))
+
+    def _ask_fork(self, fork: Fork) -> None:
+        """Steps may follow a FORK at once, those first that bring what the parent's server has not settled."""
+        self._fork = None
+        self.phase = Phase.OPENING
+        self._control.append(Frame(Kind.FORK, handle=self.handle, payload=fork.to_bytes()))
+        self._replay(fork.at, len(self.log))
 
     def _forget_sent(self) -> None:
         self._gaps.clear()
         for step in self._steps:
             step.sent = False
 
-    def _append(self, first: int, rows: EncodedRows, flags: int, token: int | None) -> None:
+    def _submit(self, first: int, rows: EncodedRows, flags: int, tree: tuple[int, ...] | None) -> int:
+        if self._resync is not None:
+            self._start_over(self._resync)
+        accept = self._leave_draft(first)
+        self._next_token += 1
+        self._append(_Step(first, rows, flags, self._next_token, 0, tree, accept))
+        return self._next_token
+
+    def _leave_draft(self, first: int) -> tuple[int, ...] | None:
+        """Say what a step at `first` accepts of the draft before it."""
+        draft, self._draft = self._draft, None
+        return draft.accept_for(first) if draft is not None else None
+
+    def _append(self, step: _Step) -> None:
         self._last_seq += 1
-        self._steps.append(_Step(first, rows, flags, token, self._last_seq))
+        step.seq = self._last_seq
+        self._steps.append(step)
+
+    def _replay(self, start: int, stop: int) -> None:
+        """Queue the log's rows of `[start, stop)`, with replies off."""
+        for first, rows in self.log.read(start, stop):
+            at = first
+            for piece in rows.cut(self.rows_per_step(rows.codec)):
+                self._append(_Step(at, piece, Flag.REPLY_NONE, None, 0))
+                at += piece.count
 
     def _frame(self, step: _Step) -> Frame:
         return build_step(
@@ -229,6 +326,8 @@ class SessionState:
             codec=step.rows.codec,
             rows=step.rows.data,
             flags=step.flags,
+            tree=step.tree,
+            accept=step.accept,
         )
 
     def _on_grant(self, grant: Grant) -> list[Event]:
@@ -258,33 +357,48 @@ class SessionState:
         self._ack = step.seq
         if step.token is None:
             return []
-        self.log.write(step.first, step.rows)
+        if step.flags & Flag.DRAFT:
+            assert self._draft is not None
+            self._draft.rows = step.rows
+        else:
+            self.log.write(step.first, step.rows)
         reply = EncodedRows(codec, count, bytes(frame.payload)) if count else None
         return [Answer(step.token, step.first + step.rows.count, reply)]
 
     def _on_resync(self, frame: Frame) -> list[Event]:
-        """Start over from the `first` positions that the server still has."""
-        unanswered = [step for step in self._steps if step.token is not None]
         self._opened = True
         self.phase = Phase.LIVE
         self._gaps.clear()
+        self._resync = frame
+        if self.unanswered:
+            self._start_over(frame)
+        else:
+            # Nobody waits: what the server has lost is sent again when the next step comes.
+            self._steps.clear()
+        return []
+
+    def _start_over(self, frame: Frame) -> None:
+        """Answer a RESYNC: replay from the `first` positions that the server still has, then what was unanswered."""
+        self._resync = None
+        unanswered = [step for step in self._steps if step.token is not None]
         self._control.append(Frame(Kind.RESYNC, handle=self.handle, seq=frame.seq, first=frame.first))
         self._last_seq = self._ack = frame.seq
         self._steps.clear()
-        goal = unanswered[0].first if unanswered else len(self.log)
-        for first, rows in self.log.read(frame.first, goal):
-            at = first
-            for piece in rows.cut(self.rows_per_step(rows.codec)):
-                self._append(at, piece, Flag.REPLY_NONE, None)
-                at += piece.count
+        if self._draft is not None and self._draft.rows is not None:
+            # An answered draft is settled by now, and in the log.
+            self._draft = None
+        self._replay(frame.first, unanswered[0].first if unanswered else len(self.log))
         for step in unanswered:
-            self._append(step.first, step.rows, step.flags, step.token)
-        return []
+            # What it accepts was replayed as settled rows.
+            step.accept, step.sent = None, False
+            self._append(step)
 
     def _on_error(self, seq: int, error: FlLlamaError) -> list[Event]:
         if isinstance(error, SequenceGap) and self._gaps[seq] > 0:
             self._gaps[seq] -= 1
             return []
+        if self._forked and self.phase is Phase.OPENING and isinstance(error, _NO_FORK):
+            return self._on_refused_fork(seq)
         if isinstance(error, UnknownSession):
             return self._on_unknown(seq, error)
         passing = isinstance(error, (OutOfPages, Draining, WindowExceeded))
@@ -297,6 +411,13 @@ class SessionState:
             step.sent = step.sent and 0 < step.seq < seq
         self.phase = Phase.REFUSED
         return [Retry(delay, error)]
+
+    def _on_refused_fork(self, seq: int) -> list[Event]:
+        """The parent is gone, or shorter than we thought: attach instead, the server will ask for the rows."""
+        if seq == 0:
+            self._steps = deque(step for step in self._steps if step.token is not None)
+            self._ask()
+        return []
 
     def _on_unknown(self, seq: int, error: FlLlamaError) -> list[Event]:
         """Steps behind a refused OPEN are unknown too, which is no news; a live session was forgotten: attach again."""

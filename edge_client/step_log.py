@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from split_llama.wire.codec import Codec, row_bytes
@@ -23,6 +23,11 @@ class EncodedRows:
             count = min(rows_per_piece, self.count - start)
             yield EncodedRows(self.codec, count, self.data[start * size : (start + count) * size])
 
+    def pick(self, indices: Sequence[int]) -> EncodedRows:
+        """Give some of the rows, in the order of `indices`."""
+        size = len(self.data) // self.count
+        return EncodedRows(self.codec, len(indices), b"".join(self.data[i * size : (i + 1) * size] for i in indices))
+
 
 class StepLog:
     """Rows by position. A row is self-contained, so rows of one codec join into steps of any size."""
@@ -42,6 +47,13 @@ class StepLog:
         size = row_bytes(rows.codec, self.width)
         self._rows.extend(rows.data[start : start + size] for start in range(0, len(rows.data), size))
         self._codecs.extend([rows.codec] * rows.count)
+
+    def fork(self, at: int) -> StepLog:
+        """Give a log of its own with the first `at` positions."""
+        assert at <= len(self._rows), f"fork at {at} of {len(self._rows)}"
+        log = StepLog(self.width)
+        log._codecs, log._rows = self._codecs[:at], self._rows[:at]
+        return log
 
     def read(self, start: int, stop: int) -> Iterator[tuple[int, EncodedRows]]:
         """Yield `(first, rows)` that cover `[start, stop)`, each as long as the codec allows."""

@@ -12,7 +12,8 @@
     ├── RemoteError                 the other party refused or cannot be reached    exit 3
     │   ├── ServerUnreachable       no server there
     │   ├── NotAServer              something answers, but it is no split-server
-    │   └── ServerFault             the server failed while it worked
+    │   ├── ServerFault             the server failed while it worked
+    │   └── DeadlineExceeded        no complete answer in the time the caller gave
     ├── ConnectionRefused           fatal: the connection is closed
     │   ├── BadFrame                framing that cannot be trusted any more
     │   ├── UnsupportedVersion      another version of the protocol
@@ -135,6 +136,12 @@ class ServerFault(RemoteError):
     """The server failed while it worked on a step; its log says more."""
 
     code, status = 33, 500
+
+
+class DeadlineExceeded(RemoteError):
+    """The answer was not complete in the time its caller gave it."""
+
+    code, status = 34, 504
 
 
 class ConnectionRefused(FlLlamaError):

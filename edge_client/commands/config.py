@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from edge_client.commands.loading import load_edge
 from edge_client.settings import EdgeSettings
@@ -19,5 +20,5 @@ def run(arguments: argparse.Namespace) -> int:
     rows = load_edge(arguments).rows()
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for name, value, origin in rows:
-        print(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
+        sys.stdout.write(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}\n")
     return 0

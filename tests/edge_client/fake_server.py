@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from split_llama.errors import FlLlamaError, OutOfPages, SequenceGap, UnknownSession
+from split_llama.draft_tree import check_path
+from split_llama.errors import FlLlamaError, OutOfPages, PositionGap, SequenceGap, UnknownSession
 from split_llama.wire.codec import Codec, row_bytes
-from split_llama.wire.control import Grant, Open, error_frame
+from split_llama.wire.control import Fork, Grant, Open, error_frame
 from split_llama.wire.frame import Flag, Frame, Kind
 from split_llama.wire.step import parse_step
 
@@ -23,6 +24,8 @@ class FakeSession:
     sizes: dict[int, int] = field(default_factory=dict)
     lost: bool = False
     waiting: bool = False
+    base: int | None = None  # of a pending draft
+    tree: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -44,6 +47,9 @@ class FakeServer:
         """Drop all but `keep` positions; give the RESYNC that a server may send unasked."""
         for handle, name in self.handles.items():
             session = self.sessions[name]
+            if session.base is not None:
+                del session.rows[session.base :]
+                session.base = session.tree = None
             del session.rows[keep:]
             session.replies.clear()
             session.sizes.clear()
@@ -55,6 +61,8 @@ class FakeServer:
     def on_frame(self, frame: Frame) -> list[Frame]:
         if frame.kind in (Kind.OPEN, Kind.ATTACH):
             return self._open(frame)
+        if frame.kind is Kind.FORK:
+            return self._fork(frame)
         name = self.handles.get(frame.handle)
         if name is None:
             return [error_frame(frame.handle, frame.seq, UnknownSession("no such handle"))]
@@ -80,6 +88,22 @@ class FakeServer:
         self.handles[frame.handle] = opening.session
         if session.lost or session.waiting or (not known and frame.kind is Kind.ATTACH):
             return [self._resync(frame.handle, session)]
+        return [self._grant(frame, session)]
+
+    def _fork(self, frame: Frame) -> list[Frame]:
+        fork = Fork.from_bytes(frame.payload)
+        parent = self.sessions[self.handles[fork.parent]] if fork.parent in self.handles else None
+        if parent is None or parent.lost:
+            return [error_frame(frame.handle, 0, UnknownSession("no such parent"))]
+        settled = len(parent.rows) if parent.base is None else parent.base
+        if fork.at > settled:
+            return [error_frame(frame.handle, 0, PositionGap("beyond what is settled"))]
+        assert fork.session not in self.sessions, "the id is taken"
+        session = self.sessions[fork.session] = FakeSession(rows=parent.rows[: fork.at])
+        self.handles[frame.handle] = fork.session
+        return [self._grant(frame, session)]
+
+    def _grant(self, frame: Frame, session: FakeSession) -> Frame:
         grant = Grant(
             window_steps=WINDOW_STEPS,
             window_bytes=WINDOW_BYTES,
@@ -87,7 +111,7 @@ class FakeServer:
             seq=session.applied,
             grace_seconds=60,
         )
-        return [Frame(frame.kind, handle=frame.handle, payload=grant.to_bytes())]
+        return Frame(frame.kind, handle=frame.handle, payload=grant.to_bytes())
 
     def _resync(self, handle: int, session: FakeSession) -> Frame:
         session.waiting = True
@@ -112,14 +136,30 @@ class FakeServer:
             return [error_frame(frame.handle, frame.seq, error)]
         return [self._apply(frame, session)]
 
+    def _leave_draft(self, frame: Frame, session: FakeSession, accept: tuple[int, ...] | None) -> None:
+        base, tree = session.base, session.tree
+        session.base = session.tree = None
+        if accept is not None:
+            assert base is not None, "nothing to accept"
+            check_path(accept, len(session.rows) - base, tree)
+            assert frame.first == base + len(accept)
+            session.rows[base:] = [session.rows[base + node] for node in accept]
+        elif tree is not None:
+            assert base is not None
+            assert frame.first <= base, "cuts into a tree without saying which nodes stay"
+
     def _apply(self, frame: Frame, session: FakeSession) -> Frame:
         session.sizes[frame.seq] = frame.size
         # Before the grant the client may send a little more than it will be granted.
         assert len(session.sizes) <= WINDOW_STEPS + 1, "window exceeded"
         assert sum(session.sizes.values()) <= WINDOW_BYTES or len(session.sizes) <= 4
-        rows = bytes(parse_step(frame, self.width).rows)
+        step = parse_step(frame, self.width)
+        rows = bytes(step.rows)
+        self._leave_draft(frame, session, step.accept)
         assert frame.first <= len(session.rows), "position gap"
         del session.rows[frame.first :]
+        if frame.flags & Flag.DRAFT:
+            session.base, session.tree = frame.first, step.tree
         size = row_bytes(Codec(frame.codec), self.width)
         pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
         session.rows.extend(pieces)

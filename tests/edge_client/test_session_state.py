@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from edge_client.session_state import Answer, Closed, Failed, Phase, Retry, SessionState
+from edge_client.session_state import Answer, Closed, Failed, Phase, Redirected, Retry, SessionState
 from edge_client.step_log import EncodedRows, StepLog
 from split_llama.errors import (
     BadStates,
@@ -66,6 +66,7 @@ class Protocol(RuleBasedStateMachine):
         self.submitted: dict[int, list[bytes]] = {}
         self.answered: list[int] = []
         self.counter = 0
+        self.drafted: tuple[int, list[bytes], tuple[int, ...]] | None = None
 
     def flush(self) -> None:
         if self.connected:
@@ -73,7 +74,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 5), back=st.integers(0, 2), codec=st.sampled_from([Codec.FP16, Codec.FP32]))
     def submit(self, count: int, back: int, codec: Codec) -> None:
-        if self.state.unanswered > 6:
+        if self.state.unanswered > 6 or self.drafted is not None:
             return
         first = max(0, len(self.expected) - back)
         values = list(range(self.counter, self.counter + count))
@@ -85,6 +86,49 @@ class Protocol(RuleBasedStateMachine):
         self.submitted[self.state.submit(first, rows, flags)] = wanted
         self.flush()
 
+    @rule(parents=st.lists(st.integers(0, 3), max_size=3))
+    def submit_draft(self, parents: list[int]) -> None:
+        if self.state.unanswered or self.drafted is not None:
+            return
+        tree = [1]
+        for node, parent in enumerate(parents, 1):
+            tree.append(tree[min(parent, node - 1)] | 1 << node)
+        values = list(range(self.counter, self.counter + len(tree)))
+        self.counter += len(tree)
+        rows = rows_of(Codec.FP16, values)
+        token = self.state.submit_draft(len(self.expected), rows, tuple(tree))
+        self.submitted[token] = split_rows(rows)
+        self.drafted = (token, split_rows(rows), tuple(tree))
+        self.flush()
+
+    @rule(leaf=st.integers(0, 3))
+    def settle(self, leaf: int) -> None:
+        """Decide about an answered draft; nothing is sent before the next step."""
+        if self.drafted is None or self.drafted[0] in self.submitted:
+            return
+        _, pieces, tree = self.drafted
+        bits = tree[min(leaf, len(tree) - 1)]
+        path = tuple(node for node in range(len(tree)) if bits >> node & 1)
+        self.state.settle(path)
+        self.expected += [pieces[node] for node in path]
+        self.drafted = None
+
+    @rule(back=st.integers(0, 3))
+    def fork(self, back: int) -> None:
+        """Go on in a fork; the parent is closed."""
+        if self.state.unanswered or self.drafted is not None or not self.connected:
+            return
+        at = max(0, len(self.expected) - back)
+        self.counter += 1
+        parent, opening = self.state, OPENING.model_copy(update={"session": f"{self.counter:032x}"})
+        self.state = parent.fork(opening, at)
+        self.expected = self.expected[:at]
+        self.state.attach(10 + self.counter, 120, 3)
+        self.up.extend(parent.take_frames())
+        self.flush()
+        parent.close()
+        self.up.extend(parent.take_frames())
+
     @rule()
     def server_reads(self) -> None:
         if self.up:
@@ -93,7 +137,10 @@ class Protocol(RuleBasedStateMachine):
     @rule()
     def client_reads(self) -> None:
         if self.down:
-            for event in self.state.on_frame(self.down.popleft()):
+            frame = self.down.popleft()
+            if frame.handle != self.state.handle:
+                return  # a fork's parent, closed since
+            for event in self.state.on_frame(frame):
                 assert not isinstance(event, Failed | Closed), event
                 if isinstance(event, Answer):
                     got = split_rows(event.rows) if event.rows is not None else []
@@ -156,15 +203,22 @@ class Protocol(RuleBasedStateMachine):
             self.client_reads()
             self.timer()
         assert not self.submitted, "some steps were never answered"
-        if self.expected:
-            (session,) = self.server.sessions.values()
-            # An eviction that nobody noticed yet is mended by the next step.
-            assert session.rows == self.expected or (
-                session.lost and self.expected[: len(session.rows)] == session.rows
-            )
+        self.settle(3)
+        session = self.server.sessions.get(self.state.opening.session)
+        # A step tells the server what was settled; it is lost with the server unless a step came since.
+        if session is not None and self.expected:
+            self.submit(1, 0, Codec.FP16)
+            for _ in range(100):
+                self.server_reads()
+                self.client_reads()
+                self.timer()
+            assert not self.submitted
+            # Whatever nobody noticed before was mended by this step.
+            session = self.server.sessions[self.state.opening.session]
+            assert session.rows == self.expected
 
 
-Protocol.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+Protocol.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 TestProtocol = Protocol.TestCase
 
 
@@ -258,7 +312,6 @@ def test_forgotten_session_is_attached_again() -> None:
         Frame(Kind.REPLY, Codec.FP32, handle=1, seq=1, count=1, payload=b"\0" * 16),
         Frame(Kind.REPLY, Codec.FP16, handle=1, seq=1, count=1, payload=b"\0" * 7),
         Frame(Kind.HELLO, handle=1),
-        Frame(Kind.MOVED, handle=1, payload=Moved(address="http://other").to_bytes()),
     ],
 )
 def test_answers_that_fit_no_question_end_the_session(frame: Frame) -> None:
@@ -268,6 +321,17 @@ def test_answers_that_fit_no_question_end_the_session(frame: Frame) -> None:
     (event,) = state.on_frame(frame)
     assert isinstance(event, Failed)
     assert isinstance(event.error, RemoteError | BadStates)
+
+
+def test_a_redirected_session_is_attached_elsewhere() -> None:
+    state = live_session()
+    state.submit(0, rows_of(Codec.FP16, [0]))
+    state.take_frames()
+    moved = Frame(Kind.MOVED, handle=1, payload=Moved(address="http://other").to_bytes())
+    assert state.on_frame(moved) == [Redirected("http://other")]
+    state.detach()
+    state.attach(2, 65536, 100)
+    assert [frame.kind for frame in state.take_frames()] == [Kind.ATTACH]
 
 
 def test_close_is_confirmed() -> None:
