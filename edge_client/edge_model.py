@@ -6,18 +6,23 @@ Shapes: N rows of the pass, d hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from edge_client.draft import NO_GUESSES, Decision, Draft
+from edge_client.speculation.drafter import Drafter
 from edge_client.step_log import EncodedRows
+from edge_client.work import Encoded, Fed, LocalSession, PhaseTimes, Work, WorkResult
 from split_llama.checkpoint import Checkpoint
 from split_llama.config import BlockRange, Partition
 from split_llama.engine.engine import PAGE_SIZE, Engine
 from split_llama.engine.kv_cache import Order
+from split_llama.engine.plan import SequenceRun
 from split_llama.engine.sequence import Sequence as Positions
 from split_llama.errors import FlLlamaError, ServerFault
 from split_llama.load import load_embedding, load_packed_head, load_packed_segment
@@ -37,41 +42,16 @@ class Placement:
     sessions: int = 1
 
 
-@dataclass(slots=True)
-class LocalSession:
-    """One session at the edge: the KV of A and C, how many tokens it has, the noise of their prefix."""
+class _Stopwatch:
+    """Gives the seconds since it was asked last."""
 
-    a: Positions | None
-    c: Positions | None
-    noise: NoiseChain | None
-    length: int = 0
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
 
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One session's share of a pass: run `replies` through C, let `choose` pick tokens from the last row's logits, then
-    run those tokens (or `tokens`) through A. `choose` runs in the worker's thread and may give no token."""
-
-    session: LocalSession
-    replies: tuple[EncodedRows, ...] = ()
-    choose: Callable[[Tensor], Sequence[int]] | None = None
-    tokens: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Rows ready to be sent, from position `first` on."""
-
-    first: int
-    rows: EncodedRows
-
-    @property
-    def end(self) -> int:
-        """The position after the last row."""
-        return self.first + self.rows.count
-
-
-WorkResult = tuple[Encoded, ...] | Exception
+    def lap(self) -> float:
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds
 
 
 class EdgeModel:
@@ -87,6 +67,8 @@ class EdgeModel:
         self._spec = NoiseSpec(0.0)
         self._noise: PrefixNoise | None = None
         self.accountant = Accountant()
+        self.drafter: Drafter | None = None
+        self.times = PhaseTimes()
         self.embedding = load_embedding(checkpoint, dtype=numerics.compute, device=numerics.device)
         self.head = load_packed_head(checkpoint, numerics)
         self._a = _engine(checkpoint, partition.segment_a(count), placement)
@@ -111,27 +93,30 @@ class EdgeModel:
         """Add this noise to every row of sessions opened from now on, but for a public first row."""
         self._spec, self._noise = spec, noise if spec.is_on else None
 
-    def free(self, session: LocalSession) -> None:
-        """Give a session's pages back."""
-        for sequence in (session.a, session.c):
-            if sequence is not None:
-                sequence.free()
-
     @torch.inference_mode()
     def run(self, works: Sequence[Work]) -> list[WorkResult]:
         """Do one pass; each session may appear once on either side. A fault of one work is that work's result."""
-        results: list[WorkResult] = [()] * len(works)
-        chosen = self._run_replies(works, results)
-        feeding = [
-            (index, tokens)
-            for index, work in enumerate(works)
-            if (tokens := tuple(chosen.get(index, work.tokens))) and not isinstance(results[index], Exception)
-        ]
-        self._run_tokens(works, feeding, results)
+        results: list[WorkResult] = [Fed()] * len(works)
+        decisions = self._run_replies(works, results)
+        drafts, drafting = self._draft(decisions)
+        feeding: list[_Feed] = []
+        for index, work in enumerate(works):
+            if isinstance(results[index], Exception):
+                continue
+            decision = decisions.get(index, Decision())
+            if work.session.draft is not None and work.replies:
+                work.session.settle(decision.path)
+            draft = drafts.get(index)
+            results[index] = Fed(decision.path, draft, drafting=drafting)
+            tokens = draft.tokens if draft is not None else work.tokens
+            if tokens:
+                feeding.append(_Feed(index, work.session, tokens, draft))
+        self._run_tokens(feeding, results)
         return results
 
-    def _run_replies(self, works: Sequence[Work], results: list[WorkResult]) -> dict[int, Sequence[int]]:
-        """C and head over all replies; give the tokens that were chosen, by work."""
+    def _run_replies(self, works: Sequence[Work], results: list[WorkResult]) -> dict[int, Decision]:
+        """C and head over all replies; give what was decided, by work."""
+        watch = _Stopwatch()
         indices: list[int] = []
         blocks: list[Tensor] = []
         runs = []
@@ -141,7 +126,9 @@ class EdgeModel:
             try:
                 rows = self._decode(work.replies)
                 if work.session.c is not None:
-                    runs.append(work.session.c.append(len(rows)))
+                    draft = work.session.draft
+                    sequence = work.session.c
+                    runs.append(sequence.append(len(rows)) if draft is None else sequence.append_draft(draft.tree))
             except FlLlamaError as error:
                 results[index] = error
                 continue
@@ -150,70 +137,102 @@ class EdgeModel:
         if not indices:
             return {}
         states = torch.cat(blocks).to(self._device, self._dtype)
+        self.times.codec += watch.lap()
         if self._c is not None:
             states = self._c.run(self._c.plan(runs), states)
+        self.times.c += watch.lap()
         ends = np.cumsum([len(rows) for rows in blocks])
-        choosing = [(index, int(end) - 1) for index, end in zip(indices, ends, strict=True) if works[index].choose]
-        if not choosing:
-            return {}
-        logits = self.head(states[[row for _, row in choosing]])
-        return self._choose(works, [index for index, _ in choosing], logits, results)
+        asked = [(index, _rows_asked(works[index], int(end))) for index, end in zip(indices, ends, strict=True)]
+        return self._decide(works, [(index, rows) for index, rows in asked if rows], states, results)
 
-    def _choose(
-        self, works: Sequence[Work], indices: Sequence[int], logits: Tensor, results: list[WorkResult]
-    ) -> dict[int, Sequence[int]]:
-        chosen: dict[int, Sequence[int]] = {}
+    def _decide(
+        self, works: Sequence[Work], asked: Sequence[tuple[int, range]], states: Tensor, results: list[WorkResult]
+    ) -> dict[int, Decision]:
+        """Final norm and head over the rows asked for, then each work's decision on its own ones."""
+        if not asked:
+            return {}
+        watch = _Stopwatch()
+        final = self.head.norm(states[[row for _, rows in asked for row in rows]])
+        logits = self.head.lm_head(final).float().cpu()
+        final = final.float().cpu()
+        self.times.head += watch.lap()
+        decisions: dict[int, Decision] = {}
         # A sum is finite only if all of its terms are, and is read off faster than they are.
         finite = torch.isfinite(logits.sum(dim=-1)).tolist()
-        for index, row, is_finite in zip(indices, logits, finite, strict=True):
-            choose = works[index].choose
-            assert choose is not None
+        start = 0
+        for index, rows in asked:
+            end = start + len(rows)
+            decide = works[index].decide
+            assert decide is not None
             try:
-                if not is_finite:
+                if not all(finite[start:end]):
                     raise ServerFault("the logits are not finite: the server's answer or the weights are broken")
-                chosen[index] = choose(row)
+                decisions[index] = decide(logits[start:end], final[start:end])
             except FlLlamaError as error:
                 results[index] = error
-        return chosen
+            start = end
+        self.times.choose += watch.lap()
+        return decisions
 
-    def _run_tokens(
-        self, works: Sequence[Work], feeding: Sequence[tuple[int, tuple[int, ...]]], results: list[WorkResult]
-    ) -> None:
+    def _draft(self, decisions: dict[int, Decision]) -> tuple[dict[int, Draft], float]:
+        """Give what each work feeds next, and the time that guessing took."""
+        requests = {index: decision.request for index, decision in decisions.items() if decision.request is not None}
+        watch, guesses = _Stopwatch(), {}
+        if requests and self.drafter is not None:
+            guesses = dict(zip(requests, self.drafter.propose(list(requests.values())), strict=True))
+        seconds = watch.lap()
+        self.times.draft += seconds
+        drafts = {
+            index: Draft(decision.token, guesses.get(index, NO_GUESSES))
+            for index, decision in decisions.items()
+            if decision.token is not None
+        }
+        return drafts, seconds
+
+    def _run_tokens(self, feeding: Sequence[_Feed], results: list[WorkResult]) -> None:
         """Embedding, A, noise and codec over all new tokens."""
+        watch = _Stopwatch()
         accepted, runs = [], []
-        for index, tokens in feeding:
-            sequence = works[index].session.a
+        for feed in feeding:
             try:
-                if sequence is not None:
-                    runs.append(sequence.append(len(tokens)))
+                if feed.session.a is not None:
+                    runs.append(feed.grow(feed.session.a))
             except FlLlamaError as error:
-                results[index] = error
+                results[feed.index] = error
                 continue
-            accepted.append((index, tokens))
+            accepted.append(feed)
         if not accepted:
             return
-        ids = torch.tensor([token for _, tokens in accepted for token in tokens], device=self._device)
+        ids = torch.tensor([token for feed in accepted for token in feed.tokens], device=self._device)
         states = self.embedding(ids)
         if self._a is not None:
             states = self._a.run(self._a.plan(runs), states)
         states = states.float().cpu()
+        self.times.a += watch.lap()
         start = 0
-        for index, tokens in accepted:
+        for feed in accepted:
             try:
-                results[index] = self._encode(works[index].session, tokens, states[start : start + len(tokens)])
+                rows = self._encode(feed, states[start : start + len(feed.tokens)])
+                fed = results[feed.index]
+                assert isinstance(fed, Fed)
+                results[feed.index] = replace(fed, rows=rows)
             except FlLlamaError as error:
-                results[index] = error
-            start += len(tokens)
+                results[feed.index] = error
+            start += len(feed.tokens)
+        self.times.codec += watch.lap()
 
-    def _encode(self, session: LocalSession, tokens: tuple[int, ...], states: Tensor) -> tuple[Encoded, ...]:
-        first = session.length
-        session.length += len(tokens)
+    def _encode(self, feed: _Feed, states: Tensor) -> tuple[Encoded, ...]:
+        session, tokens, first = feed.session, feed.tokens, feed.session.length
+        if feed.is_tentative:
+            session.draft = feed.draft
+        else:
+            session.length += len(tokens)
         # Every session that begins with BOS sends this row: it is public, and hurt most by noise and coarse codecs.
         public = count_exact_rows(tokens, first, self.bos_token_id)
         if session.noise is not None:
-            session.noise.append(tokens)
-            self.accountant.charge(session.noise.digests(first + public))
-            states = apply(self._spec, states, session.noise.rows(first), public)
+            digests = feed.extend_noise(session.noise)
+            self.accountant.charge(digests[public:])
+            states = apply(self._spec, states, session.noise.unit_rows(digests), public)
         rows = states.numpy()
         if public and self.codec is not Codec.FP32:
             exact = Encoded(0, EncodedRows(Codec.FP32, 1, encode_rows(Codec.FP32, rows[:1])))
@@ -253,6 +272,43 @@ class EdgeModel:
             states = self._a.run(self._a.plan([sequence.append(len(tokens))]), states)
             sequence.free()
         return states.float().cpu()
+
+
+@dataclass(frozen=True, slots=True)
+class _Feed:
+    """Tokens on their way through A: a prompt's, or a draft, which is tentative if it holds guesses."""
+
+    index: int
+    session: LocalSession
+    tokens: tuple[int, ...]
+    draft: Draft | None
+
+    @property
+    def is_tentative(self) -> bool:
+        return self.draft is not None and not self.draft.is_plain
+
+    def grow(self, sequence: Positions) -> SequenceRun:
+        return (
+            sequence.append_draft(self.draft.tree)
+            if self.draft and self.is_tentative
+            else sequence.append(len(self.tokens))
+        )
+
+    def extend_noise(self, noise: NoiseChain) -> list[bytes]:
+        """Give the digests of the new rows; a draft's stay off the chain until it is settled."""
+        if self.draft is not None and self.is_tentative:
+            return noise.branch(self.tokens, self.draft.tree)
+        first = len(noise)
+        noise.append(self.tokens)
+        return noise.digests(first)
+
+
+def _rows_asked(work: Work, end: int) -> range:
+    """The rows of a pass that `work` wants to look at, its own ones ending before `end`."""
+    if work.decide is None:
+        return range(0)
+    draft = work.session.draft
+    return range(end - (work.rows if draft is None else len(draft.tokens)), end)
 
 
 def _engine(checkpoint: Checkpoint, blocks: BlockRange, placement: Placement) -> Engine | None:

@@ -68,13 +68,25 @@ class ServerLink:
         """Open a session over `opening.blocks`; its id and secret are drawn here. Steps may be submitted at once."""
         if self._error is not None:
             raise self._error
+        return self._start(SessionState(new_opening(opening), self.hello.hidden_size))
+
+    def fork(self, parent: RemoteSession, at: int) -> RemoteSession:
+        """Open a session with the first `at` positions of an idle one, which stays; steps may be submitted at once."""
+        if self._error is not None:
+            raise self._error
+        return self._start(parent.state.fork(new_opening(parent.state.opening), at))
+
+    def _start(self, state: SessionState) -> RemoteSession:
         self._next_handle += 1
-        state = SessionState(new_opening(opening), self.hello.hidden_size)
-        session = RemoteSession(state, self._reconnect_seconds, self._kick)
+        session = RemoteSession(state, self._reconnect_seconds, self._kick, self._redirect)
         self._sessions[self._next_handle] = session
         self._attach(self._next_handle, session)
         self._kick(session)
         return session
+
+    def _redirect(self, address: str) -> None:
+        """Follow a MOVED."""
+        self._fail(RemoteError(f"the server moved this session to {address}; start again with --server {address}"))
 
     async def close(self, session: RemoteSession) -> None:
         """Close a session on the server and forget it."""

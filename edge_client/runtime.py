@@ -23,18 +23,26 @@ import dataclasses
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from edge_client.conversations import Conversations
+from edge_client.decoding import Pace
 from edge_client.edge_model import EdgeModel, Placement
 from edge_client.generate import EdgeSession
 from edge_client.link import ServerLink
 from edge_client.model_source import ModelSource, find_model, read_geometry
 from edge_client.rest import ModelCard, RestClient
 from edge_client.sampling import SamplingParams
+from edge_client.session import RemoteSession
 from edge_client.settings import EdgeSettings
+from edge_client.speculate import MakePace, make_pace
 from edge_client.state_files import StateFolder, cache_errors, write_atomically
 from edge_client.threads import in_thread
 from edge_client.tokenizer import EdgeTokenizer
 from edge_client.turn import GenerationParams, TokenEvent, Turn
 from edge_client.weights import Progress
+from edge_client.work import LocalSession
 from edge_client.worker import EdgeWorker
 from split_llama.checkpoint import Checkpoint
 from split_llama.errors import ContextExceeded, UsageError
@@ -51,7 +59,15 @@ from split_llama.wire.control import Open
 class EdgeRuntime:
     """A connected edge. Made by `connect`; lives in one event loop."""
 
-    def __init__(self, source: ModelSource, model: EdgeModel, spec: NoiseSpec, link: ServerLink) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        model: EdgeModel,
+        spec: NoiseSpec,
+        link: ServerLink,
+        next_pace: MakePace,
+        max_sessions: int,
+    ) -> None:
         self.source = source
         self.noise = spec
         self.tokenizer = EdgeTokenizer.open(source.folder)
@@ -60,6 +76,11 @@ class EdgeRuntime:
         self._model = model
         self._link = link
         self._worker = EdgeWorker(model)
+        self._next_pace = next_pace
+        self._pace: Pace | None = None
+        self.conversations = Conversations(
+            self._open, self._fork, self._close, most_sessions=max_sessions, most_tokens=max_sessions * self.max_length
+        )
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -81,10 +102,11 @@ class EdgeRuntime:
         found = source
         async with ServerLink(_transports(settings), reconnect_seconds=settings.reconnect_seconds) as link:
             model, spec = await in_thread(lambda: _load(settings, found, max_sessions))
-            runtime = cls(found, model, spec, link)
+            runtime = cls(found, model, spec, link, make_pace(settings), max_sessions)
             try:
                 yield runtime
             finally:
+                await runtime.conversations.clear()
                 await runtime._worker.close()
 
     @property
@@ -95,6 +117,23 @@ class EdgeRuntime:
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[EdgeSession]:
         """Open a session; it is closed on the server when the block ends, however it ends."""
+        session = await self._open()
+        try:
+            yield session
+        finally:
+            await self._close(session)
+
+    async def final_states(self, ids: Sequence[int]) -> Tensor:
+        """Run `ids` through the whole model; give the final norm's outputs `[n, d]`, float32 on the CPU.
+
+        The rows are sent to the server like those of any prompt, noise and all, and count as released.
+        """
+        pieces: list[Tensor] = []
+        async with self.open() as session:
+            await session.prefill(ids, lambda _first, _logits, states: pieces.append(states.clone()))
+        return torch.cat(pieces)
+
+    async def _open(self) -> EdgeSession:
         source = self.source
         opening = Open(
             session="0" * 32,
@@ -104,14 +143,32 @@ class EdgeRuntime:
             weights=source.offer.manifest.digest,
             tokenizer=source.offer.manifest.tokenizer_digest,
         )
-        remote = self._link.open(opening)
-        local = self._model.open(self.max_length)
-        session = EdgeSession(local, remote, self._worker, all_rows=source.partition.q > 0)
-        try:
-            yield session
-        finally:
-            self._worker.call(lambda: self._model.free(local))
-            await self._link.close(remote)
+        return self._session(self._model.open(self.max_length), self._link.open(opening), ())
+
+    async def _fork(self, parent: EdgeSession, at: int) -> EdgeSession:
+        tokens = parent.tokens[:at]
+        remote = self._link.fork(parent.remote, at)
+        local = await self._worker.ask(lambda: parent.local.fork(at))
+        return self._session(local, remote, tokens)
+
+    def _session(self, local: LocalSession, remote: RemoteSession, tokens: Sequence[int]) -> EdgeSession:
+        return EdgeSession(
+            local,
+            remote,
+            self._worker,
+            all_rows=self.source.partition.q > 0,
+            codec=self._model.codec,
+            max_length=self.max_length,
+            # A session begins with what the one before learned about link and guesses.
+            pace=self._next_pace(self._pace),
+            tokens=tokens,
+        )
+
+    async def _close(self, session: EdgeSession) -> None:
+        if session.stats.round_trips:
+            self._pace = session.pace
+        self._worker.call(session.local.free)
+        await self._link.close(session.remote)
 
     async def generate(self, prompt_ids: Sequence[int], params: GenerationParams) -> AsyncIterator[TokenEvent]:
         """Make one answer in a session of its own: tokens and text as they come. Raises as `turn` does."""

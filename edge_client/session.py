@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import time
 from collections import deque
 from collections.abc import Callable
 
-from edge_client.session_state import Answer, Closed, Failed, Phase, Retry, SessionState
+from edge_client.session_state import Answer, Closed, Failed, Phase, Redirected, Retry, SessionState
 from edge_client.step_log import EncodedRows
 from split_llama.errors import FlLlamaError
+from split_llama.mask import MAX_TREE_NODES
+from split_llama.wire.codec import Codec
 from split_llama.wire.control import Open
 from split_llama.wire.frame import Frame
 
@@ -26,14 +29,24 @@ class RemoteSession:
     """Made by `ServerLink.open`. Answers come in the order of the steps.
 
     `bytes_up` and `bytes_down` count this session's frames, headers included (not the transport's own framing).
+    `answered_at` is when the last answer came, in seconds of `time.perf_counter`. `redirect` is told the address of the
+    server that this one names in its place.
     """
 
-    def __init__(self, state: SessionState, deadline: float, kick: Callable[[RemoteSession], None]) -> None:
+    def __init__(
+        self,
+        state: SessionState,
+        deadline: float,
+        kick: Callable[[RemoteSession], None],
+        redirect: Callable[[str], None],
+    ) -> None:
         self.state = state
         self.bytes_up = 0
         self.bytes_down = 0
         self._deadline = deadline
+        self.answered_at = 0.0
         self._kick = kick
+        self._redirect = redirect
         self._answers: deque[Answer] = deque()
         self._changed = asyncio.Event()
         self._error: FlLlamaError | None = None
@@ -46,6 +59,24 @@ class RemoteSession:
             self.state.submit(first, piece, flags)
             first += piece.count
         self._kick(self)
+
+    def submit_draft(self, first: int, rows: EncodedRows, tree: tuple[int, ...]) -> None:
+        """Send a draft of at most `max_draft_rows` rows, `tree` with its ancestor bits; `settle` follows its answer."""
+        self.state.submit_draft(first, rows, tree)
+        self._kick(self)
+
+    def settle(self, path: tuple[int, ...]) -> None:
+        """Keep these nodes of the answered draft."""
+        self.state.settle(path)
+
+    def max_draft_rows(self, codec: Codec) -> int:
+        """How many rows a draft may have: it is one step, hence one frame."""
+        return min(self.state.rows_per_step(codec), MAX_TREE_NODES)
+
+    @property
+    def error(self) -> FlLlamaError | None:
+        """What ended the session, if anything did."""
+        return self._error
 
     async def take(self) -> list[Answer]:
         """Wait for answers; give all that are there. Raises what ended the session."""
@@ -90,12 +121,15 @@ class RemoteSession:
         for event in events:
             match event:
                 case Answer():
+                    self.answered_at = time.perf_counter()
                     self._refused_since = None
                     self._answers.append(event)
                 case Retry(delay_ms, refusal):
                     self._schedule_retry(delay_ms / 1000, refusal)
                 case Failed(failure):
                     self._error = failure
+                case Redirected(address):
+                    self._redirect(address)
                 case Closed():
                     self._error = self._error or FlLlamaError("the server closed the session")
         self._changed.set()

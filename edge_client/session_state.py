@@ -180,7 +180,9 @@ class SessionState:
     def settle(self, path: tuple[int, ...]) -> None:
         """Keep the nodes `path` of the answered draft, root to leaf, and drop the others."""
         draft = self._draft
-        assert draft is not None and draft.rows is not None and draft.path is None, "no answered draft is pending"
+        assert draft is not None, "no draft is pending"
+        assert draft.rows is not None, "the draft is not answered yet"
+        assert draft.path is None, "the draft is settled already"
         draft.path = path
         self.log.write(draft.base, draft.rows.pick(path))
 
@@ -189,7 +191,8 @@ class SessionState:
 
         Nothing may be under way here. Whatever the server has kept is shared there, the rest is sent again.
         """
-        assert not self._steps and at <= len(self.log), "only an idle session can be forked, within its length"
+        assert not self._steps, "only an idle session can be forked"
+        assert at <= len(self.log), f"fork at {at} of {len(self.log)}"
         child = SessionState(opening, self.width, window_steps=self.window_steps, window_bytes=self.window_bytes)
         child.log = self.log.fork(at)
         # Should the fork be refused, the child is attached like a session that the server has lost.

@@ -48,6 +48,11 @@ def _partition(text: str) -> None:
         raise ValueError("expected two block counts p,q such as 1,1")
 
 
+def _speculate(text: str) -> None:
+    if text not in ("auto", "off") and not (text.isascii() and text.isdigit() and 1 <= int(text) <= 63):
+        raise ValueError("expected auto, off, or a number of guesses from 1 to 63")
+
+
 @dataclass(frozen=True)
 class EdgeSettings:
     """Everything that shapes the edge's work; one object per process, never mutated."""
@@ -70,6 +75,18 @@ class EdgeSettings:
     )
     clip: str = setting("auto", "norm limit of every row sent: auto calibrates it", check=_clip, metavar="NORM")
     codec: str = setting("fp16", "how values travel", choices=("int8", "fp16", "bf16", "fp32"))
+    speculate: str = setting(
+        "auto",
+        "guess tokens ahead and check many in one round trip: auto does as much as pays, N always guesses up to N; "
+        "the text stays the same",
+        check=_speculate,
+        metavar="auto|off|N",
+    )
+    drafter: str = setting(
+        "auto",
+        "where guesses come from: lookup (repetitions in the text), head (see train-drafter), auto (both), "
+        "or an own MODULE:CLASS",
+    )
     allow_embedding_states: bool = setting(False, "allow p = 0, which sends bare token embeddings")
     accept_new_weights: bool = setting(False, "trust the server's weights although they changed since first use")
     device: str = setting("auto", "where the edge computes: auto, cpu or cuda[:N]")

@@ -6,13 +6,16 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-from edge_client.edge_model import EdgeModel, Encoded, Work, WorkResult
+from edge_client.edge_model import EdgeModel
+from edge_client.work import Fed, Work, WorkResult
 
 MAX_PASS_ROWS = 1024
 
-_Job = tuple[Work, "asyncio.Future[tuple[Encoded, ...]]"]
+T = TypeVar("T")
+
+_Job = tuple[Work, "asyncio.Future[Fed]"]
 
 
 class EdgeWorker:
@@ -28,9 +31,9 @@ class EdgeWorker:
         self._thread = threading.Thread(target=self._run, name="edge-worker", daemon=True)
         self._thread.start()
 
-    async def do(self, work: Work) -> tuple[Encoded, ...]:
+    async def do(self, work: Work) -> Fed:
         """Do one piece of work; raises what went wrong with it."""
-        future: asyncio.Future[tuple[Encoded, ...]] = self._loop.create_future()
+        future: asyncio.Future[Fed] = self._loop.create_future()
         with self._wake:
             assert not self._stopped, "the worker is closed"
             self._jobs.append((work, future))
@@ -42,6 +45,21 @@ class EdgeWorker:
         with self._wake:
             self._calls.append(function)
             self._wake.notify()
+
+    async def ask(self, function: Callable[[], T]) -> T:
+        """Do the same with a function whose result, or exception, is wanted."""
+        future: asyncio.Future[T] = self._loop.create_future()
+
+        def run() -> None:
+            try:
+                result = function()
+            except Exception as error:
+                self._loop.call_soon_threadsafe(_settle, future, None, error)
+            else:
+                self._loop.call_soon_threadsafe(_settle, future, result, None)
+
+        self.call(run)
+        return await future
 
     async def close(self) -> None:
         """Finish what was submitted and end the thread."""
@@ -97,15 +115,22 @@ class EdgeWorker:
 
 
 def _sides(work: Work) -> tuple[str, ...]:
-    feeds = work.choose is not None or bool(work.tokens)
+    feeds = work.decide is not None or bool(work.tokens)
     return ("c",) * bool(work.replies) + ("a",) * feeds
 
 
-def _deliver(futures: list[asyncio.Future[tuple[Encoded, ...]]], results: list[WorkResult]) -> None:
+def _deliver(futures: list[asyncio.Future[Fed]], results: list[WorkResult]) -> None:
     for future, result in zip(futures, results, strict=True):
-        if future.cancelled():
-            continue
         if isinstance(result, Exception):
-            future.set_exception(result)
+            _settle(future, None, result)
         else:
-            future.set_result(result)
+            _settle(future, result, None)
+
+
+def _settle(future: asyncio.Future[T], result: T | None, error: Exception | None) -> None:
+    if future.cancelled():
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(result)  # type: ignore[arg-type]

@@ -146,7 +146,8 @@ class LoadSettings:
         own = {field.name for field in dataclasses.fields(self)}
         # Lengths and seeds are per request here.
         shared = (own & _EDGE.keys()) - {"max_new_tokens", "seed"}
-        return EdgeSettings(**{name: getattr(self, name) for name in shared})
+        # One round trip per token: what a server carries is counted in steps.
+        return EdgeSettings(speculate="off", **{name: getattr(self, name) for name in shared})
 
     def num_requests(self) -> int | None:
         """Give the number of requests to make; `None` when only the duration bounds the run."""

@@ -169,6 +169,14 @@ class NoiseChain:
         chain._digests = self._digests[:at]
         return chain
 
+    def branch(self, tokens: Sequence[int], tree: Sequence[int]) -> list[bytes]:
+        """Give the digests of a draft tree's nodes behind the chain, which stays as it is."""
+        return self._noise.extend_tree(self.tip, tokens, tree)
+
+    def unit_rows(self, digests: Sequence[bytes]) -> Floats:
+        """Give the unit noise `[n, width]` of the rows with these digests."""
+        return self._noise.unit_rows(digests)
+
     def digests(self, first: int, stop: int | None = None) -> list[bytes]:
         """Give the digests of positions `[first, stop)`, as the accountant counts them."""
         return self._digests[first:stop]

@@ -36,6 +36,16 @@ class ServerAddress:
         return cls(parts.netloc, parts.path.rstrip("/"), _SCHEMES[parts.scheme])
 
     @property
+    def host(self) -> str:
+        """The host without brackets."""
+        return urlsplit(f"//{self.authority}").hostname or ""
+
+    @property
+    def port(self) -> int:
+        """The port, also where the scheme implies it."""
+        return urlsplit(f"//{self.authority}").port or (443 if self.secure else 80)
+
+    @property
     def base(self) -> str:
         """The address as an http(s) URL without a trailing slash."""
         return f"{'https' if self.secure else 'http'}://{self.authority}{self.root}"

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import TinyCheckpoint
 
-from edge_client.edge_model import EdgeModel, Placement, Work
+from edge_client.edge_model import EdgeModel, Placement
+from edge_client.work import Work
 from split_llama.checkpoint import Checkpoint
 from split_llama.config import BlockRange, Partition
 from split_llama.noise import NoiseScope, NoiseSpec, PrefixNoise
@@ -29,7 +30,7 @@ def feed(edge: EdgeModel, *tokens: int) -> None:
     session = edge.open(100)
     (result,) = edge.run([Work(session, tokens=tokens)])
     assert not isinstance(result, Exception)
-    edge.free(session)
+    session.free()
 
 
 @pytest.mark.parametrize(("noise", "counted"), [("0.02", (3, 3, 5)), ("0", (0, 0, 0))])

@@ -1,0 +1,125 @@
+"""Sessions kept for the next turn: a request runs on a fork of the one that has most of its tokens.
+
+A request never touches what it was forked from. So one that fails, or whose caller leaves, just closes its fork: its
+pages are free at once and the conversation is as it was before. One that ends well is parked, and replaces whatever it
+continues. Two requests on one conversation fork it twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+
+from edge_client.generate import EdgeSession
+
+# Prompts of strangers begin alike (BOS, a template's first words); forking for so little is not worth a message.
+LEAST_SHARED = 8
+
+OpenSession = Callable[[], Awaitable[EdgeSession]]
+ForkSession = Callable[[EdgeSession, int], Awaitable[EdgeSession]]
+CloseSession = Callable[[EdgeSession], Coroutine[None, None, None]]
+
+
+class Conversations:
+    """Keeps at most `most_sessions` sessions of `most_tokens` in all; those unused longest go first."""
+
+    def __init__(
+        self,
+        open_session: OpenSession,
+        fork_session: ForkSession,
+        close_session: CloseSession,
+        *,
+        most_sessions: int,
+        most_tokens: int,
+    ) -> None:
+        self._open, self._fork, self._close = open_session, fork_session, close_session
+        self._most_sessions, self._most_tokens = most_sessions, most_tokens
+        self._parked: list[EdgeSession] = []  # the one used last at the end
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._parked)
+
+    @contextlib.asynccontextmanager
+    async def session(self, ids: Sequence[int], *, fresh: bool = False) -> AsyncIterator[EdgeSession]:
+        """Give a session that has as much of `ids` as is parked, less the last token; `fresh` gives an empty one.
+
+        Left as usual, it is parked for the next turn. Left by an exception it is closed, and nothing else has changed.
+        """
+        parent, shared = (None, 0) if fresh else self._longest(ids)
+        session = await self._open() if parent is None else await self._fork(parent, shared)
+        try:
+            yield session
+        except BaseException:
+            self._close_soon(session)
+            raise
+        self._park(session)
+
+    @contextlib.asynccontextmanager
+    async def branches(self, ids: Sequence[int], count: int) -> AsyncIterator[list[EdgeSession]]:
+        """Give `count` sessions that all have `ids` but the last token; the prompt is computed once.
+
+        The prompt is parked when all goes well, the branches are closed in any case.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            trunk = await stack.enter_async_context(self.session(ids))
+            if len(ids) - 1 > len(trunk.tokens):
+                await trunk.prefill(ids[:-1])
+            sessions = []
+            for _ in range(count):
+                sessions.append(await self._fork(trunk, len(ids) - 1) if len(ids) > 1 else await self._open())
+                stack.callback(self._close_soon, sessions[-1])
+            yield sessions
+
+    async def clear(self) -> None:
+        """Close all that is parked, and wait for whatever is being closed."""
+        parked, self._parked = self._parked, []
+        for session in parked:
+            self._close_soon(session)
+        await asyncio.gather(*self._closing)
+
+    def _longest(self, ids: Sequence[int]) -> tuple[EdgeSession | None, int]:
+        """Find the parked session that shares most with `ids`, and how much; the last token is always to be fed."""
+        best: tuple[EdgeSession | None, int] = (None, LEAST_SHARED - 1)
+        for session in self._parked:
+            if session.remote.error is None and (shared := _shared(session.tokens, ids, len(ids) - 1)) > best[1]:
+                best = (session, shared)
+        parent, shared = best
+        if parent is None:
+            return None, 0
+        self._parked.remove(parent)
+        self._parked.append(parent)
+        return parent, shared
+
+    def _park(self, session: EdgeSession) -> None:
+        tokens = session.tokens
+        kept = []
+        for parked in self._parked:
+            length = len(parked.tokens)
+            superseded = length <= len(tokens) and parked.tokens == tokens[:length]
+            if superseded or parked.remote.error is not None:
+                self._close_soon(parked)
+            else:
+                kept.append(parked)
+        self._parked = [*kept, session]
+        while len(self._parked) > self._most_sessions or self._held_tokens() > self._most_tokens:
+            self._close_soon(self._parked.pop(0))
+
+    def _held_tokens(self) -> int:
+        return sum(len(session.tokens) for session in self._parked)
+
+    def _close_soon(self, session: EdgeSession) -> None:
+        """Close without making anybody wait, a cancelled caller least of all."""
+        task = asyncio.create_task(self._close(session), name="close-session")
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+
+def _shared(left: Sequence[int], right: Sequence[int], most: int) -> int:
+    """Length of the common beginning, at most `most`."""
+    limit = min(len(left), most)
+    for at in range(limit):
+        if left[at] != right[at]:
+            return at
+    return limit

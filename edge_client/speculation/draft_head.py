@@ -1,0 +1,78 @@
+"""The learned draft head: a small recurrent network that runs ahead of the model.
+
+    (state s at a position, token t chosen there)  ->  predicted state s' at the next position  ->  LM head  ->  chances
+
+It is Hydra's and EAGLE's idea (Ankner et al. 2024, Li et al. 2024) without attention, as in ReDrafter (Zhang et al.
+2024): states are outputs of the model's own final norm, which already hold what the model found in its context, and the
+model's own LM head reads the predicted ones. A small memory carries what the last true state said past the predicted
+ones. Only the LM head's rows of frequent tokens are read: other tokens are never guessed.
+
+Shapes: B rows, d width of the model, v tokens that can be guessed, m width of the memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Temperatures are fitted for so many steps; deeper ones use the last.
+CALIBRATED_STEPS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """Sizes of a head: of the model's states, of the hidden layer, of the memory."""
+
+    width: int
+    hidden: int
+    memory: int
+
+    @classmethod
+    def usual(cls, width: int) -> HeadShape:
+        """Sizes that fit a model of this width."""
+        return cls(width, max(64, min(4 * width, 4096)), max(32, min(width, 1024)))
+
+
+class DraftHead(nn.Module):
+    """One step of the recurrence, `[B, d]`, `[B, d]`, `[B, m]` to the next state and memory."""
+
+    scale: Tensor
+    temperatures: Tensor
+
+    def __init__(self, shape: HeadShape) -> None:
+        super().__init__()
+        self.shape = shape
+        d, h, m = shape.width, shape.hidden, shape.memory
+        self.mix = nn.Linear(2 * d + m, d)
+        self.gate_up = nn.Linear(2 * d + m, 2 * h)
+        self.down = nn.Linear(h, d, bias=False)
+        self.remember = nn.Linear(2 * d + m, 2 * m)
+        # What a state's coordinate measures on average, and how much to flatten the chances of each step.
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("temperatures", torch.ones(CALIBRATED_STEPS))
+        nn.init.zeros_(self.down.weight)
+
+    def begin(self, states: Tensor) -> Tensor:
+        """Give the memory before the first step, `[B, m]`."""
+        return states.new_zeros(len(states), self.shape.memory)
+
+    def forward(self, states: Tensor, embeddings: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Predict the states after the given tokens, whose embeddings are given."""
+        d = self.shape.width
+        x = torch.cat((F.rms_norm(states, (d,)), F.rms_norm(embeddings, (d,), eps=1e-12), memory), dim=1)
+        gate, up = self.gate_up(x).chunk(2, dim=1)
+        states = self.scale * (self.mix(x) + self.down(F.silu(gate) * up))
+        keep, new = self.remember(x).chunk(2, dim=1)
+        return states, torch.lerp(memory, new.tanh(), keep.sigmoid())
+
+    def temperature(self, step: int) -> Tensor:
+        """Temperature of the chances after step `step`, counted from 0."""
+        return self.temperatures[min(step, CALIBRATED_STEPS - 1)]
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of all parameters in float32."""
+        return sum(parameter.nbytes for parameter in self.parameters())

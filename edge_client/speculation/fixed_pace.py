@@ -1,0 +1,30 @@
+"""Drafting at every step, a given number of guesses: for experiments, and for links that one knows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from edge_client.speculation.pace import LEAST_CHANCE, Wish
+
+
+class FixedPace:
+    """Wishes for `guesses` guesses whatever they bring."""
+
+    def __init__(self, guesses: int) -> None:
+        self._wish = Wish(guesses, LEAST_CHANCE)
+
+    def wish(self) -> Wish:
+        """What the next round should be: always the same."""
+        return self._wish
+
+    def observe(
+        self,
+        *,
+        chances: Sequence[float],
+        parents: Sequence[int],
+        accepted: Sequence[int],
+        rows: int,
+        seconds: float,
+        drafting_seconds: float,
+    ) -> None:
+        """Take what a round brought; it changes nothing."""

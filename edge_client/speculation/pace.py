@@ -1,0 +1,162 @@
+"""When to draft and how much. Pure: no clock, no torch.
+
+A round with `n` guesses takes `T(n) = t0 + c n + d(n)`: the round trip, the rows, the drafting. It yields on average
+`E = 1 + sum of p_i` tokens, where `p_i` is the chance that guess `i` and all above it are right (linearity of
+expectation; the 1 is the token that every round gives). The speed to be maximised is `E / T`.
+
+Which guesses pay? Suppose the best speed is `R`. A plan reaches it exactly if it maximises `E - R T` (Dinkelbach 1967,
+"On nonlinear fractional programming"), and in that form every guess stands for itself: guess `i` adds `p_i - R c'` with
+`c' = c + d'`, the cost of one more row. So a guess pays if and only if
+
+    p_i >= c' R        (chance at least: cost of a row times tokens per second),
+
+and as no guess is likelier than its parent, the guesses that pay form a tree. `R` is not known beforehand; taking the
+speed reached lately in its place is Dinkelbach's iteration, which converges superlinearly. Drafting as a whole pays if
+the speed with it is above `1 / t0`, that without. (Sequoia, Chen et al. 2024, and EAGLE-2, Li et al. 2024, choose trees
+by the same sum of path probabilities, for a fixed number of nodes.)
+
+Chances are a drafter's claims: `Calibration` learns what they are worth. Where drafting does not pay it rests, and
+probes again after a time that doubles and that keeps the time lost by probing below 3%.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edge_client.speculation.calibration import Calibration
+from edge_client.speculation.cost import RobustLine
+
+MOST_GUESSES = 63
+# Guesses at first, before anything is known.
+FIRST_GUESSES = 8
+FIRST_CHANCE = 0.1
+# Every guess sent is a row that the server sees: none is sent for less than this, however cheap the link makes it.
+LEAST_CHANCE = 0.01
+DECAY = 0.96
+# A round's cost per row before it was ever measured, as a share of the whole.
+PRIOR_ROW_SHARE = 0.02
+# Drafted rounds before drafting is judged, unless it has cost this many round trips already.
+PROBE_ROUNDS = 3
+PROBE_LOSS = 4.0
+# Drafting stops below this share of the speed without it: between it and 1 a coin's toss would decide.
+STOP_BELOW = 0.99
+# Rounds without drafting after a failed probe: at least, at most, and so that probing loses no more than this share.
+FIRST_REST = 8
+LONGEST_REST = 1024
+LOSS_SHARE = 0.03
+# Drafted rounds in a row after which a rest begins small again.
+STEADY_ROUNDS = 24
+# While drafting goes well, one round in so many goes without: t0 is measured, not guessed.
+PLAIN_EVERY = 64
+# What a successor keeps of the evidence.
+INHERITED = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """How many guesses to ask for, and the least chance they must have; no guesses: do not draft now."""
+
+    max_guesses: int
+    min_chance: float
+
+
+NOT_NOW = Wish(0, 1.0)
+
+
+class DraftPace:
+    """Decides for one session, from what its rounds cost and brought."""
+
+    def __init__(self) -> None:
+        self._round = RobustLine(DECAY, PRIOR_ROW_SHARE)
+        self._drafting = RobustLine(DECAY, 0.0)
+        self._calibration = Calibration(DECAY)
+        self._tokens = self._seconds = 0.0
+        self._judged = 0
+        self._lost = 0.0
+        self._rest = 0
+        self._next_rest = FIRST_REST
+        self._since_plain = 0
+
+    def successor(self) -> DraftPace:
+        """Make the pace of the next session over the same link: it begins with half of what this one knows."""
+        heir = copy.deepcopy(self)
+        heir._round.forget(INHERITED)
+        heir._drafting.forget(INHERITED)
+        heir._calibration.forget(INHERITED)
+        heir._tokens *= INHERITED
+        heir._seconds *= INHERITED
+        return heir
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether drafting did not pay lately and waits for its next probe."""
+        return self._rest > 0
+
+    def plain_speed(self) -> float:
+        """Tokens per second without drafting; 0 while unknown."""
+        return 1 / self._round.base if self._round.base > 0 else 0.0
+
+    def speed(self) -> float:
+        """Tokens per second with drafting, over the last drafted rounds; 0 while unknown."""
+        return self._tokens / self._seconds if self._seconds > 0 else 0.0
+
+    def wish(self) -> Wish:
+        """Say what the next round should be."""
+        if self._rest > 0 or self._since_plain >= PLAIN_EVERY:
+            return NOT_NOW
+        if not self._round.is_known:
+            # One round without tells what the others are to be measured by.
+            return NOT_NOW
+        if not self._drafting.is_known:
+            return Wish(FIRST_GUESSES, FIRST_CHANCE)
+        row = self._round.slope + self._drafting.slope
+        worth = row * max(self.speed(), self.plain_speed())
+        stated = max(LEAST_CHANCE, self._calibration.stated_for(max(worth, 1e-6)))
+        return Wish(FIRST_GUESSES if self._judged < PROBE_ROUNDS else MOST_GUESSES, min(stated, 1.0))
+
+    def observe(
+        self,
+        *,
+        chances: Sequence[float],
+        parents: Sequence[int],
+        accepted: Sequence[int],
+        rows: int,
+        seconds: float,
+        drafting_seconds: float,
+    ) -> None:
+        """Take what a round brought: `accepted` are numbers of guesses, `rows` all rows sent, the root's included.
+
+        `seconds` is from the sending of the rows to the next tokens, and `drafting_seconds` what drafting took beside
+        it: 0 says that no drafter was asked.
+        """
+        self._round.observe(max(0, rows - 1), seconds)
+        if drafting_seconds <= 0 and not chances:
+            self._rest = max(0, self._rest - 1)
+            self._since_plain = 0
+            return
+        self._drafting.observe(len(chances), drafting_seconds)
+        self._since_plain = 0 if rows <= 1 else self._since_plain + 1
+        self._calibration.observe(chances, accepted)
+        # Judged by what such a round costs as a rule: one late packet says nothing about drafting.
+        spent = self._round.at(max(0, rows - 1)) + self._drafting.at(len(chances))
+        self._tokens = self._tokens * DECAY + 1 + len(accepted)
+        self._seconds = self._seconds * DECAY + spent
+        self._judged += 1
+        self._judge(1 + len(accepted), spent)
+
+    def _judge(self, tokens: int, spent: float) -> None:
+        base = self._round.base
+        self._lost += spent - tokens * base
+        is_ripe = self._judged >= PROBE_ROUNDS or self._lost > PROBE_LOSS * base
+        if is_ripe and self.speed() < STOP_BELOW * self.plain_speed():
+            by_loss = self._lost / (LOSS_SHARE * base) if base > 0 else 0.0
+            self._rest = int(min(LONGEST_REST, max(self._next_rest, by_loss)))
+            self._next_rest = min(LONGEST_REST, 2 * self._next_rest)
+            # The next probe is judged by itself: what it is like now, not what it was like then.
+            self._calibration.forget(INHERITED)
+            self._tokens = self._seconds = self._lost = 0.0
+            self._judged = 0
+        elif self._judged >= STEADY_ROUNDS:
+            self._next_rest = FIRST_REST
