@@ -131,9 +131,9 @@ class EdgeSession:
         at = cached
         try:
             while True:
-                for answer in await self._answers(feeder):
-                    fed = await self._take_chunk(answer, len(ids), decide, see, at)
-                    at = answer.end
+                for answers in _together(await self._answers(feeder), see is None):
+                    fed = await self._take_chunk(answers, len(ids), decide, see, at)
+                    at = answers[-1].end
                 if at == len(ids):
                     self.tokens = list(ids)
                     return fed
@@ -151,18 +151,15 @@ class EdgeSession:
             flags = 0 if self._all_rows or all_rows else Flag.REPLY_LAST if final else Flag.REPLY_NONE
             self._send(fed.rows, flags)
 
-    async def _take_chunk(self, answer: Answer, stop: int, decide: Decide, see: See | None, at: int) -> Fed:
-        """Run one answer's rows through C and look at them as far as anybody wants to."""
-        final = answer.end == stop
-        if answer.rows is None:
+    async def _take_chunk(self, answers: Sequence[Answer], stop: int, decide: Decide, see: See | None, at: int) -> Fed:
+        """Run the rows of some answers through C and look at them as far as anybody wants to."""
+        final = answers[-1].end == stop
+        rows = tuple(answer.rows for answer in answers if answer.rows is not None)
+        if not rows or not (final or self._all_rows or see is not None):
             return Fed()
         if see is not None:
-            return await self._worker.do(_scoring(self._local, answer.rows, decide if final else None, see, at))
-        if final:
-            return await self._worker.do(Work(self._local, (answer.rows,), decide))
-        if self._all_rows:
-            return await self._worker.do(Work(self._local, (answer.rows,)))
-        return Fed()
+            return await self._worker.do(_scoring(self._local, rows, decide if final else None, see, at))
+        return await self._worker.do(Work(self._local, rows, decide if final else None))
 
     async def _verify(self, fed: Fed, decoder: Decoder, chosen: int, turn: Turn, sent: float) -> Fed:
         """Wait for the answer to what was fed, and let it decide what comes next."""
@@ -238,6 +235,11 @@ class EdgeSession:
         self.stats.bytes_up, self.stats.bytes_down = self._remote.bytes_up, self._remote.bytes_down
 
 
+def _together(answers: Sequence[Answer], all_at_once: bool) -> list[Sequence[Answer]]:
+    """Answers that came together pass C together, unless every row's logits are wanted: those are large."""
+    return [answers] if all_at_once else [[answer] for answer in answers]
+
+
 def _see_prompt(turn: Turn) -> See:
     return lambda first, logits, _states: turn.see_prompt(first, logits)
 
@@ -251,11 +253,11 @@ def _first_decision(turn: Turn, decoder: Decoder) -> Decide:
     return decide
 
 
-def _scoring(local: LocalSession, rows: EncodedRows, decide: Decide | None, see: See, at: int) -> Work:
+def _scoring(local: LocalSession, rows: tuple[EncodedRows, ...], decide: Decide | None, see: See, at: int) -> Work:
     """A work that shows all its rows to `see` before the last one decides."""
 
     def look(logits: Tensor, states: Tensor) -> Decision:
         see(at, logits, states)
         return decide(logits[-1:], states[-1:]) if decide is not None else Decision()
 
-    return Work(local, (rows,), look, rows=rows.count)
+    return Work(local, rows, look, rows=sum(part.count for part in rows))

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edge_client.connector import Connector
 from edge_client.conversations import Conversations
 from edge_client.decoding import Pace
 from edge_client.edge_model import EdgeModel, Placement
@@ -42,16 +43,13 @@ from edge_client.threads import in_thread
 from edge_client.tokenizer import EdgeTokenizer
 from edge_client.turn import GenerationParams, TokenEvent, Turn
 from edge_client.weights import Progress
-from edge_client.work import LocalSession
+from edge_client.work import LocalSession, PhaseTimes
 from edge_client.worker import EdgeWorker
 from split_llama.checkpoint import Checkpoint
 from split_llama.errors import ContextExceeded, UsageError
 from split_llama.load import parse_device, parse_dtype, set_up_cpu
 from split_llama.noise import NoiseScope, NoiseSpec, PrefixNoise, calibrate_clip
 from split_llama.products import Numerics
-from split_llama.transport.base import Transport
-from split_llama.transport.http import HttpTransport
-from split_llama.transport.websocket import WebSocketTransport
 from split_llama.wire.codec import Codec
 from split_llama.wire.control import Open
 
@@ -100,7 +98,7 @@ class EdgeRuntime:
         if source is None:
             source = await in_thread(lambda: prepare(settings, progress=progress, notify=notify))
         found = source
-        async with ServerLink(_transports(settings), reconnect_seconds=settings.reconnect_seconds) as link:
+        async with ServerLink(Connector.of(settings), reconnect_seconds=settings.reconnect_seconds) as link:
             model, spec = await in_thread(lambda: _load(settings, found, max_sessions))
             runtime = cls(found, model, spec, link, make_pace(settings), max_sessions)
             try:
@@ -113,6 +111,11 @@ class EdgeRuntime:
     def rows_released(self) -> int:
         """Distinct noised rows sent by this process; 0 with noise off, when nothing keeps rows apart."""
         return self._model.accountant.rows
+
+    @property
+    def times(self) -> PhaseTimes:
+        """Seconds that this edge has computed so far, by phase."""
+        return self._model.times
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[EdgeSession]:
@@ -152,6 +155,8 @@ class EdgeRuntime:
         return self._session(local, remote, tokens)
 
     def _session(self, local: LocalSession, remote: RemoteSession, tokens: Sequence[int]) -> EdgeSession:
+        # A session begins with what the one before has learned so far about link and guesses.
+        self._pace = self._next_pace(self._pace)
         return EdgeSession(
             local,
             remote,
@@ -159,14 +164,11 @@ class EdgeRuntime:
             all_rows=self.source.partition.q > 0,
             codec=self._model.codec,
             max_length=self.max_length,
-            # A session begins with what the one before learned about link and guesses.
-            pace=self._next_pace(self._pace),
+            pace=self._pace,
             tokens=tokens,
         )
 
     async def _close(self, session: EdgeSession) -> None:
-        if session.stats.round_trips:
-            self._pace = session.pace
         self._worker.call(session.local.free)
         await self._link.close(session.remote)
 
@@ -216,17 +218,11 @@ def prepare(
 
     `card` is the server's model card, if it was asked for already.
     """
-    rest = RestClient(settings.server_url(), settings.api_key, retry_seconds=settings.reconnect_seconds)
+    rest = RestClient.of(settings)
     try:
         return find_model(settings, rest, StateFolder(settings.states()), card=card, progress=progress, notify=notify)
     finally:
         rest.close()
-
-
-def _transports(settings: EdgeSettings) -> list[Transport]:
-    url, key = settings.server_url(), settings.api_key
-    every: dict[str, Transport] = {"ws": WebSocketTransport(url, key), "http": HttpTransport(url, key)}
-    return list(every.values()) if settings.transport == "auto" else [every[settings.transport]]
 
 
 def _load(settings: EdgeSettings, source: ModelSource, max_sessions: int) -> tuple[EdgeModel, NoiseSpec]:
