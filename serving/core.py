@@ -30,7 +30,7 @@ from split_llama.errors import (
     ServerUnreachable,
     UnknownSession,
 )
-from split_llama.wire.control import Fork, Grant, Open, error_frame
+from split_llama.wire.control import Fork, Grant, Moved, Open, error_frame
 from split_llama.wire.frame import Frame, Kind
 
 SWEEP_SECONDS = 1.0
@@ -136,7 +136,7 @@ class Core:
         self.stage = Stage.READY
 
     async def drain(self) -> None:
-        """Take nothing new and finish what is queued, for `drain_seconds` at most."""
+        """Take nothing new, finish what is queued, for `drain_seconds` at most, and name the successor, if any."""
         if self.stage is Stage.READY:
             self.stage = Stage.DRAINING
             try:
@@ -144,6 +144,10 @@ class Core:
                     await self.worker.wait_idle()
             except TimeoutError:
                 log.warning("draining took too long; queued steps are dropped seconds=%g", self.settings.drain_seconds)
+            if self.settings.successor is not None:
+                moved = Moved(address=self.settings.successor).to_bytes()
+                for entry in self.registry:
+                    entry.send(Frame(Kind.MOVED, payload=moved))
         self.stage = Stage.DRAINING
 
     async def aclose(self) -> None:

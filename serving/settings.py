@@ -10,6 +10,7 @@ from pathlib import Path
 from split_llama.config import QUANTIZATIONS
 from split_llama.errors import UsageError
 from split_llama.settings import setting
+from split_llama.transport.address import ServerAddress
 
 SECTION = "server"
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -97,9 +98,14 @@ class ServerSettings:
     grace_seconds: float = setting(120.0, "a session outlives its connection for so long", check=_positive)
     evict_seconds: float = setting(30.0, "pages of a session unused for so long may be taken", check=_positive)
     drain_seconds: float = setting(10.0, "at shutdown, queued steps are finished for so long", check=_positive)
+    successor: str | None = setting(
+        None, "at shutdown, send clients to this server: they bring their sessions along", metavar="URL"
+    )
 
     def check(self) -> None:
         """Raise `UsageError` for settings that do not go together."""
+        if self.successor is not None:
+            ServerAddress.parse(self.successor)
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise UsageError("--ssl-certfile and --ssl-keyfile go together; only one of them was given")
         if self.ssl_ca_certs is not None and self.ssl_certfile is None:

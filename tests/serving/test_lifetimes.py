@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from serving.limits import NO_LIMITS
 from split_llama.errors import Draining, SlowReader, Unauthenticated, UnknownSession
 from split_llama.transport.base import ChannelClosed
 from split_llama.transport.inprocess import InProcessTransport
-from split_llama.wire.control import Grant
+from split_llama.wire.control import Grant, Moved
 from split_llama.wire.frame import Flag, Frame, Kind
 
 BLOCKS = (1, 5)
@@ -178,6 +179,17 @@ async def test_draining_finishes_what_is_queued_and_takes_nothing_new(place: Any
     with pytest.raises(ChannelClosed) as closed:
         await session.edge.next()
     assert closed.value.code == 1001
+
+
+async def test_a_draining_server_names_its_successor(place: Any, states: Floats) -> None:
+    place.core.settings = dataclasses.replace(place.core.settings, successor="http://127.0.0.1:9")
+    edge = await place.connect()
+    sessions = [await edge.open(handle, BLOCKS) for handle in (1, 2)]
+    await sessions[0].run(0, states[:3])
+    await place.core.drain()
+    for handle in (1, 2):
+        moved = await edge.expect(Kind.MOVED, handle)
+        assert Moved.from_bytes(moved.payload).address == "http://127.0.0.1:9"
 
 
 async def test_closing_while_a_step_runs(place: Any, states: Floats, whole: Whole) -> None:
