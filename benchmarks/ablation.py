@@ -121,7 +121,9 @@ def figures(seconds: float, up: int, down: int, mask: int, tokens: int) -> dict[
 
 async def measure(folder: Path, url: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Run every combination."""
-    settings = EdgeSettings(server=url, model=str(folder), noise="0", codec="fp16", threads=options.threads)
+    settings = EdgeSettings(
+        server=url, model=str(folder), noise="0", codec="fp16", threads=options.threads, speculate="off"
+    )
     rows = []
     async with EdgeRuntime.connect(settings) as edge, MaskPeer() as peer:
         for context in options.contexts:

@@ -37,12 +37,13 @@ from edge_client.runtime import EdgeRuntime
 from edge_client.settings import EdgeSettings
 from edge_client.speculation.drafter import DraftRequest, Guesses
 from loadtest.proxy_process import proxy_process
+from split_llama.checkpoint import Checkpoint
 
 ROUND_TRIPS_MS = (20, 80)
 STEP_ROUND_TRIP_MS = 20
 PREFILL_TOKENS = 2048
 PREFILL_MBIT = 50
-MODES = {
+MODES: dict[str, dict[str, str]] = {
     "off": {"speculate": "off"},
     "lookup": {"speculate": "auto", "drafter": "lookup"},
     "head": {"speculate": "auto", "drafter": "head"},
@@ -58,6 +59,9 @@ WEIGHTS = {
 
 class Wrong:
     """A drafter that is sure of itself and always wrong: no model here ever says token 0."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Nothing to learn from a model."""
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Guesses]:
         """Guess token 0 again and again."""

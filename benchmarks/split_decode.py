@@ -156,6 +156,7 @@ async def measure(folder: Path, urls: Mapping[str, str], options: argparse.Names
                 server=urls[weights.name],
                 model=str(folder),
                 noise=options.noise,
+                speculate="off",
                 codec=options.codec,
                 threads=options.threads,
                 **weights.flags,  # type: ignore[arg-type]

@@ -38,6 +38,7 @@ from edge_client.sampling import SamplingParams
 from edge_client.session import RemoteSession
 from edge_client.settings import EdgeSettings
 from edge_client.speculate import MakePace, make_pace
+from edge_client.speculation.find import make_drafter
 from edge_client.state_files import StateFolder, cache_errors, write_atomically
 from edge_client.threads import in_thread
 from edge_client.tokenizer import EdgeTokenizer
@@ -99,7 +100,7 @@ class EdgeRuntime:
             source = await in_thread(lambda: prepare(settings, progress=progress, notify=notify))
         found = source
         async with ServerLink(Connector.of(settings), reconnect_seconds=settings.reconnect_seconds) as link:
-            model, spec = await in_thread(lambda: _load(settings, found, max_sessions))
+            model, spec = await in_thread(lambda: _load(settings, found, max_sessions, notify))
             runtime = cls(found, model, spec, link, make_pace(settings), max_sessions)
             try:
                 yield runtime
@@ -225,7 +226,9 @@ def prepare(
         rest.close()
 
 
-def _load(settings: EdgeSettings, source: ModelSource, max_sessions: int) -> tuple[EdgeModel, NoiseSpec]:
+def _load(
+    settings: EdgeSettings, source: ModelSource, max_sessions: int, notify: Callable[[str], None]
+) -> tuple[EdgeModel, NoiseSpec]:
     set_up_cpu(settings.threads)
     device = parse_device(settings.device)
     name = settings.dtype
@@ -238,6 +241,8 @@ def _load(settings: EdgeSettings, source: ModelSource, max_sessions: int) -> tup
     model = EdgeModel(checkpoint, source.partition, Codec.parse(settings.codec), placement)
     if model.bos_token_id is None:
         model.bos_token_id = EdgeTokenizer.open(source.folder).bos_token_id
+    if settings.speculate != "off":
+        model.drafter = make_drafter(settings.drafter, checkpoint, settings.states(), notify=notify)
     spec = _noise(settings, source, model, numerics.label)
     if spec.is_on:
         scope = NoiseScope(

@@ -32,8 +32,8 @@ class HeadShape:
 
     @classmethod
     def usual(cls, width: int) -> HeadShape:
-        """Sizes that fit a model of this width."""
-        return cls(width, max(64, min(4 * width, 4096)), max(32, min(width, 1024)))
+        """Sizes that fit a model of this width: more learns no better in the minutes that there are."""
+        return cls(width, max(256, min(2 * width, 4096)), max(64, min(width // 2, 1024)))
 
 
 class DraftHead(nn.Module):
@@ -46,10 +46,11 @@ class DraftHead(nn.Module):
         super().__init__()
         self.shape = shape
         d, h, m = shape.width, shape.hidden, shape.memory
-        self.mix = nn.Linear(2 * d + m, d)
-        self.gate_up = nn.Linear(2 * d + m, 2 * h)
+        # One matrix for all that reads the input: what is new in the state, the hidden layer's gate and its values, and
+        # what to remember and how much of it.
+        self.parts = [d, h, h, m, m]
+        self.read = nn.Linear(2 * d + m, sum(self.parts))
         self.down = nn.Linear(h, d, bias=False)
-        self.remember = nn.Linear(2 * d + m, 2 * m)
         # What a state's coordinate measures on average, and how much to flatten the chances of each step.
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("temperatures", torch.ones(CALIBRATED_STEPS))
@@ -63,10 +64,9 @@ class DraftHead(nn.Module):
         """Predict the states after the given tokens, whose embeddings are given."""
         d = self.shape.width
         x = torch.cat((F.rms_norm(states, (d,)), F.rms_norm(embeddings, (d,), eps=1e-12), memory), dim=1)
-        gate, up = self.gate_up(x).chunk(2, dim=1)
-        states = self.scale * (self.mix(x) + self.down(F.silu(gate) * up))
-        keep, new = self.remember(x).chunk(2, dim=1)
-        return states, torch.lerp(memory, new.tanh(), keep.sigmoid())
+        new, gate, up, share, memory_new = self.read(x).split(self.parts, dim=1)
+        states = self.scale * (new + self.down(F.silu(gate) * up))
+        return states, torch.lerp(memory, memory_new.tanh(), share.sigmoid())
 
     def temperature(self, step: int) -> Tensor:
         """Temperature of the chances after step `step`, counted from 0."""

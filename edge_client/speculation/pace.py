@@ -34,7 +34,9 @@ FIRST_GUESSES = 8
 FIRST_CHANCE = 0.1
 # Every guess sent is a row that the server sees: none is sent for less than this, however cheap the link makes it.
 LEAST_CHANCE = 0.01
+# Shares of the evidence that are kept per round: on the link and on what chances are worth, and on whether it pays.
 DECAY = 0.96
+SPEED_DECAY = 0.92
 # A round's cost per row before it was ever measured, as a share of the whole.
 PRIOR_ROW_SHARE = 0.02
 # Drafted rounds before drafting is judged, unless it has cost this many round trips already.
@@ -141,8 +143,8 @@ class DraftPace:
         self._calibration.observe(chances, accepted)
         # Judged by what such a round costs as a rule: one late packet says nothing about drafting.
         spent = self._round.at(max(0, rows - 1)) + self._drafting.at(len(chances))
-        self._tokens = self._tokens * DECAY + 1 + len(accepted)
-        self._seconds = self._seconds * DECAY + spent
+        self._tokens = self._tokens * SPEED_DECAY + 1 + len(accepted)
+        self._seconds = self._seconds * SPEED_DECAY + spent
         self._judged += 1
         self._judge(1 + len(accepted), spent)
 

@@ -18,6 +18,7 @@ MAX_VOCABULARY = 4096
 LEAST_POSITIONS = 64
 # Positions that are held out at most: what is measured there need not be more exact.
 MOST_HELD_OUT = 8192
+SCALE_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """The model's embedding `[V, d]` and LM head `[V, d]`, float32; frozen."""
+    """The model's embedding `[V, d]` and LM head `[V, d]`, as stored; frozen."""
 
     embedding: Tensor
     lm_head: Tensor
@@ -157,7 +158,8 @@ class _Run:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.head = DraftHead(shape)
-        self.head.scale.copy_(self.training.states.float().pow(2).mean().sqrt())
+        spread = self.training.states[:: max(1, len(self.training.states) // SCALE_ROWS)].float()
+        self.head.scale.copy_(spread.pow(2).mean().sqrt())
 
     def train(self, progress: Progress) -> None:
         """Take optimiser steps until the epochs or the seconds are used up; the rate falls as a cosine over both."""
@@ -218,7 +220,7 @@ class _Run:
         """Measure the accuracy by depth on the held-out sequences, and fit each step's temperature there."""
         right: list[list[Tensor]] = [[] for _ in range(self.recipe.steps)]
         kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(self.recipe.steps)]
-        for batch in self.testing.starts().split(1024):
+        for batch in torch.split(self.testing.starts(), 1024):
             for step, (_, _, truth, logits) in enumerate(self._unroll(self.testing, batch)):
                 wanted = truth @ self.lm_head.t()
                 right[step].append(logits.argmax(-1) == wanted.argmax(-1))
@@ -226,7 +228,9 @@ class _Run:
         self.report.accuracy = [float(torch.cat(hits).float().mean()) for hits in right if hits]
         for step, pairs in enumerate(kept[:CALIBRATED_STEPS]):
             if pairs:
-                self.head.temperatures[step:] = _fit_temperature(*(torch.cat(part) for part in zip(*pairs, strict=True)))
+                self.head.temperatures[step:] = _fit_temperature(
+                    *(torch.cat(part) for part in zip(*pairs, strict=True))
+                )
 
 
 def _fit_temperature(logits: Tensor, wanted: Tensor) -> float:

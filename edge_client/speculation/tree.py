@@ -8,7 +8,7 @@ from edge_client.speculation.drafter import Guesses
 
 
 class GuessTree:
-    """Nodes with their conditional chances: that of a token, given that all before it were right. Node -1 is the root."""
+    """Nodes with conditional chances: that of a token, given that all before it were right. Node -1 is the root."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []

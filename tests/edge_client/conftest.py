@@ -42,7 +42,7 @@ def edge_settings(tmp_path: Path) -> MakeSettings:
     """Make settings whose cache and state live in the test's folder; noise off unless asked for."""
 
     def make(url: str, **changes: Any) -> EdgeSettings:
-        given = {"noise": "0", "codec": "fp32", "device": "cpu", "threads": 1} | changes
+        given = {"noise": "0", "codec": "fp32", "device": "cpu", "threads": 1, "speculate": "off"} | changes
         return EdgeSettings(server=url, cache_dir=tmp_path / "cache", state_dir=tmp_path / "state", **given)
 
     return make
