@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from edge_client.chat_template import load_template, render
+from edge_client.deadline import deadline
 from edge_client.generate import GenerationStats
 from edge_client.rest import ModelCard
 from edge_client.runtime import EdgeRuntime, prepare
@@ -59,14 +60,14 @@ async def _generate(settings: EdgeSettings, request: Request, card: ModelCard, p
             )
             turn = edge.turn(ids, params)
             text = []
-            async with edge.open() as session:
+            async with deadline(settings.request_timeout), edge.open() as session:
                 async for event in session.generate(ids, turn):
                     text.append(event.text)
                     if event.text and not request.as_json:
                         sys.stdout.write(event.text)
                         sys.stdout.flush()
             if request.as_json:
-                sys.stdout.write(_report("".join(text), turn, session.stats, settings, edge.noise) + "\n")
+                sys.stdout.write(_report("".join(text), turn, session.stats, edge) + "\n")
             else:
                 sys.stdout.write("\n")
                 notify(_summary(turn, session.stats, edge.rows_released))
@@ -122,11 +123,12 @@ def _summary(turn: Turn, stats: GenerationStats, rows_released: int) -> str:
     return (
         f"{stats.prompt_tokens} + {count} tokens, {speed}first after {stats.ttft_ms:.0f} ms, "
         f"{stats.bytes_up:,} bytes up, {stats.bytes_down:,} down, {stats.round_trips} round trips"
+        + (f", {stats.accepted} of {stats.drafted} guesses right" if stats.drafted else "")
         + (f", {rows_released} distinct noised rows released" if rows_released else "")
     )
 
 
-def _report(text: str, turn: Turn, stats: GenerationStats, settings: EdgeSettings, spec: NoiseSpec) -> str:
+def _report(text: str, turn: Turn, stats: GenerationStats, edge: EdgeRuntime) -> str:
     report = {
         "text": text,
         "token_ids": turn.tokens,
@@ -139,7 +141,9 @@ def _report(text: str, turn: Turn, stats: GenerationStats, settings: EdgeSetting
         "bytes_up": stats.bytes_up,
         "bytes_down": stats.bytes_down,
         "round_trips": stats.round_trips,
-        "partition": settings.partition,
-        "noise_sigma": spec.sigma,
+        "guesses": stats.drafted,
+        "guesses_right": stats.accepted,
+        "partition": str(edge.source.partition),
+        "noise_sigma": edge.noise.sigma,
     }
     return json.dumps(report, ensure_ascii=False)
