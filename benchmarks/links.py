@@ -19,9 +19,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.common import MODEL_134M, record, running_server, spread, write_random_model
+from benchmarks.common import MODEL_134M, free_port, record, running_server, spread, write_random_model
 from benchmarks.speculation import WholeModel, demo_prompts, own_samples
 from benchmarks.split_decode import prompt_ids
 from edge_client.generate import GenerationStats
@@ -43,6 +46,7 @@ ROUND_TRIPS_MS = (20, 80)
 STEP_ROUND_TRIP_MS = 20
 PREFILL_TOKENS = 2048
 PREFILL_MBIT = 50
+CHATS = 16
 MODES: dict[str, dict[str, str]] = {
     "off": {"speculate": "off"},
     "lookup": {"speculate": "auto", "drafter": "lookup"},
@@ -250,7 +254,93 @@ async def _one_prefill(edge: EdgeRuntime, server: str, seed: int) -> dict[str, f
     }
 
 
-SECTIONS = {"speculation": speculation, "step": step, "prefill": prefill}
+# -- parallel
+
+
+@contextlib.contextmanager
+def running_gateway(server: str, *flags: str) -> Iterator[str]:
+    """Run `edge-client serve` in a process of its own; give its URL."""
+    port = free_port()
+    command = [sys.executable, "-m", "edge_client", "serve", "--server", server, "--port", str(port)]
+    command += ["--threads", "1", "--noise", "0", "--log-level", "warning", *flags]
+    process = subprocess.Popen(command)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{url}/health", trust_env=False).status_code == 200:
+                    break
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError("the gateway did not start")
+            time.sleep(0.1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+async def _one_chat(client: httpx.AsyncClient, seed: int, tokens: int) -> float:
+    """Stream one completion; give its seconds."""
+    begin, count = time.perf_counter(), 0
+    body = {"model": "model", "prompt": prompt_ids(32, seed), "max_tokens": tokens, "ignore_eos": True}
+    body |= {"stream": True, "temperature": 0, "stream_options": {"include_usage": True}}
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                usage = json.loads(line[6:]).get("usage")
+                count = usage["completion_tokens"] if usage else count
+    assert count == tokens, f"{count} tokens came"
+    return time.perf_counter() - begin
+
+
+async def parallel(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure 1 and `CHATS` chats in alternating rounds; then leave one and see when its pages are free."""
+    found: dict[str, list[float]] = {"one": [], "all": [], "slowest_over_fastest": [], "pages_free_after_s": []}
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
+        folder = write_random_model(Path(temporary) / "model", MODEL_134M)
+        server = stack.enter_context(running_server(folder, "--threads", "1", "--dtype", "float32"))
+        slow = stack.enter_context(proxy_process(server, "--rtt", str(STEP_ROUND_TRIP_MS)))
+        url = stack.enter_context(running_gateway(slow, "--speculate", "off", "--model", str(folder)))
+        async with httpx.AsyncClient(base_url=url, timeout=300, trust_env=False) as client:
+            await _one_chat(client, 999, 4)
+            for turn in range(options.rounds):
+                found["one"].append(options.tokens / await _one_chat(client, 1000 * turn, options.tokens))
+                begin = time.perf_counter()
+                seeds = range(1000 * turn + 1, 1000 * turn + 1 + CHATS)
+                each = await asyncio.gather(*(_one_chat(client, seed, options.tokens) for seed in seeds))
+                found["all"].append(CHATS * options.tokens / (time.perf_counter() - begin))
+                found["slowest_over_fastest"].append(max(each) / min(each))
+                found["pages_free_after_s"].append(await _leave_early(client, server))
+                print({name: round(values[-1], 3) for name, values in found.items()}, flush=True)
+            connections = await _metric(server, "fl_llama_connections_opened_total")
+    return {name: spread(values) for name, values in found.items()} | {"connections_to_the_server": connections}
+
+
+async def _leave_early(client: httpx.AsyncClient, server: str) -> float:
+    """Begin a chat, leave it after a few tokens; give the seconds until the server has its pages back."""
+    before = await _metric(server, "fl_llama_kv_cache_usage_ratio")
+    body = {"model": "model", "prompt": prompt_ids(512, 77), "max_tokens": 400, "ignore_eos": True, "stream": True}
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.aiter_lines()
+        for _ in range(8):
+            await anext(lines)
+    begin = time.perf_counter()
+    while await _metric(server, "fl_llama_kv_cache_usage_ratio") > before:
+        if time.perf_counter() - begin > 30:
+            raise RuntimeError("the pages of a chat that was left are still taken")
+    return time.perf_counter() - begin
+
+
+async def _metric(server: str, name: str) -> float:
+    async with httpx.AsyncClient(trust_env=False) as client:
+        text = (await client.get(f"{server}/metrics")).text
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return sum(sample.value for sample in samples if sample.name == name)
+
+
+SECTIONS = {"speculation": speculation, "step": step, "prefill": prefill, "parallel": parallel}
 
 
 def main() -> None:
