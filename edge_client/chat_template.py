@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -16,7 +17,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from split_llama.errors import CheckpointError, UsageError
 from split_llama.json_file import read_json
 
-Message = dict[str, str]
+# As transformers takes them: role and content, and where the template knows them tool_calls, tool_call_id and the like.
+Message = Mapping[str, Any]
 
 
 def load_template(folder: Path) -> str:
@@ -38,7 +40,7 @@ def load_template(folder: Path) -> str:
         template = named.get("default")
     if not isinstance(template, str):
         raise UsageError(
-            "this model has no chat template, so --chat cannot be used; leave it out to continue the prompt"
+            "this model has no chat template, so it cannot chat; give it a prompt to continue instead, without --chat"
         )
     return template
 
@@ -53,23 +55,58 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def render(template: str, messages: Sequence[Message], special_tokens: Mapping[str, str]) -> str:
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """A compiled template; one object may be used by several threads at once."""
+
+    source: str
+    _compiled: Template
+
+    @classmethod
+    def compile(cls, source: str) -> ChatTemplate:
+        """Read a template. Raises `UsageError` when it is none."""
+        extensions = [_Generation, loopcontrols]
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+        try:
+            return cls(source, environment.from_string(source))
+        except TemplateError as error:
+            raise UsageError(f"the model's chat template refuses these messages: {error}") from error
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        special_tokens: Mapping[str, str],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Render as the function `render` does; `options` are further names that the template may use."""
+        # transformers always gives all of these names, None where there is nothing.
+        given = {"messages": list(messages), "tools": tools, "documents": None, "add_generation_prompt": True}
+        try:
+            return self._compiled.render(**{**(options or {}), **special_tokens, **given})
+        except TemplateError as error:
+            raise UsageError(f"the model's chat template refuses these messages: {error}") from error
+        except (TypeError, ValueError, KeyError, ArithmeticError, AttributeError, RecursionError) as error:
+            raise UsageError(f"the model's chat template cannot be rendered: {error}") from error
+
+
+def render(
+    template: str,
+    messages: Sequence[Message],
+    special_tokens: Mapping[str, str],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
     """Render `messages` and the header of the answer; `special_tokens` holds `bos_token`, `eos_token` and the like.
 
+    `tools` are functions as OpenAI's API describes them; a template without support for them leaves them out.
     Raises `UsageError` with what the template says.
     """
-    extensions = [_Generation, loopcontrols]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-    try:
-        compiled = environment.from_string(template)
-        return compiled.render(messages=list(messages), add_generation_prompt=True, **special_tokens)
-    except TemplateError as error:
-        raise UsageError(f"the model's chat template refuses these messages: {error}") from error
-    except (TypeError, ValueError, KeyError, ArithmeticError, AttributeError) as error:
-        raise UsageError(f"the model's chat template cannot be rendered: {error}") from error
+    return ChatTemplate.compile(template).render(messages, special_tokens, tools=tools)
 
 
 def _tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:

@@ -19,6 +19,9 @@ from torch import Tensor
 from split_llama.errors import UsageError
 from split_llama.generation_config import GenerationDefaults
 
+# Dividing by less overflows float32, and no second token would have a chance left anyway.
+GREEDY_BELOW = 1e-5
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -107,7 +110,7 @@ class Sampler:
         scores = penalise(logits.cpu(), self._seen, self.params.repetition_penalty)
         if self._counts is not None:
             scores = adjust(scores, self._counts, self.params)
-        if self.params.temperature == 0:
+        if self.params.temperature < GREEDY_BELOW:
             token = int(scores.argmax())
         else:
             probabilities = warp(scores, self.params).softmax(-1)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
-from edge_client.chat_template import load_template, render
+from edge_client.chat_template import ChatTemplate, load_template, render
 from edge_client.tokenizer import EdgeTokenizer
 from split_llama.demo import demo_model_path
 from split_llama.errors import UsageError
@@ -49,6 +50,59 @@ def test_language_equals_transformers(template: str, messages: list[dict[str, st
     theirs = AutoTokenizer.from_pretrained(str(data_dir / "stories260K"))
     expected = theirs.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
     assert render(template, messages, SPECIAL) == expected
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "Weather of a place: höchst <b>genau</b>",
+            "parameters": {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]},
+        },
+    }
+]
+TOOL_TALK = [
+    {"role": "user", "content": [{"type": "text", "text": "Weather in "}, {"type": "text", "text": "Graz?"}]},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"place": "Graz 🙂"}}}
+        ],
+    },
+    {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
+]
+TOOL_TEMPLATE = """
+{%- if tools %}
+    {{- "<tools>" }}{% for tool in tools %}{{ "\\n" }}{{ tool | tojson }}{% endfor %}{{ "\\n</tools>\\n" }}
+{%- endif %}
+{%- for m in messages %}
+    {{- "<" + m.role + ">" }}
+    {%- if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}
+    {%- for call in m.tool_calls or [] %}
+        {{- "<tool_call>" }}{{ {"name": call.function.name, "arguments": call.function.arguments} | tojson }}
+    {%- endfor %}
+    {%- if m.tool_call_id is defined %}{{ "#" + m.tool_call_id }}{% endif %}
+{%- endfor %}
+{{- "" if tools is none else tools | length }}{{ documents is none }}
+"""
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS])
+def test_tools_calls_and_parts_equal_transformers(tools: list[dict[str, Any]] | None, data_dir: Path) -> None:
+    theirs = AutoTokenizer.from_pretrained(str(data_dir / "stories260K"))
+    expected = theirs.apply_chat_template(
+        TOOL_TALK, tools=tools, chat_template=TOOL_TEMPLATE, tokenize=False, add_generation_prompt=True
+    )
+    assert "Graz 🙂" in expected
+    assert render(TOOL_TEMPLATE, TOOL_TALK, SPECIAL, tools=tools) == expected
+
+
+def test_options_reach_the_template_but_replace_nothing() -> None:
+    template = ChatTemplate.compile("{{ thinking }}{{ bos_token }}{{ messages | length }}")
+    options = {"thinking": False, "bos_token": "mine", "messages": []}
+    assert template.render(CONVERSATIONS[0], SPECIAL, options=options) == "False<s>1"
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,40 @@ def test_the_same_scores_as_transformers(
     assert torch.equal(ours, oracle(logits, seen, params))
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    frequency=st.sampled_from([-1.5, 0.0, 0.7]),
+    presence=st.sampled_from([-2.0, 0.0, 1.1]),
+    bias=st.dictionaries(st.integers(0, VOCAB + 5), st.floats(-100, 100, width=32), max_size=4),
+)
+def test_penalties_by_count_and_bias_follow_openais_formula(
+    seed: int, frequency: float, presence: float, bias: dict[int, float]
+) -> None:
+    """mu[j] - c[j] * frequency - (c[j] > 0) * presence + bias[j]; c counts the answer's tokens, not the prompt's."""
+    params = SamplingParams(
+        frequency_penalty=frequency, presence_penalty=presence, logit_bias=tuple(sorted(bias.items()))
+    )
+    sampler = Sampler(params, prompt_ids=range(VOCAB))
+    generator = torch.Generator().manual_seed(seed)
+    counts = [0] * VOCAB
+    for _ in range(12):
+        logits = torch.randn(VOCAB, generator=generator)
+        expected = [
+            logits[j].double() - counts[j] * frequency - (counts[j] > 0) * presence + bias.get(j, 0.0)
+            for j in range(VOCAB)
+        ]
+        token = sampler.choose(logits)
+        assert expected[token] >= max(expected) - 1e-5
+        counts[token] += 1
+
+
+def test_a_vanishing_temperature_is_greedy() -> None:
+    """Dividing by it would overflow, and a draw from what is no number stops the whole batch."""
+    logits = torch.tensor([30.0, 29.0, -4.0])
+    assert [Sampler(SamplingParams(temperature=1e-40), []).choose(logits) for _ in range(20)] == [0] * 20
+
+
 def test_greedy_takes_the_best_after_the_penalty() -> None:
     logits = torch.tensor([3.0, 2.9, -1.0])
     assert Sampler(SamplingParams(), [0]).choose(logits) == 0
@@ -110,6 +144,10 @@ def test_the_checkpoint_fills_what_the_user_left_open() -> None:
         {"top_k": -1},
         {"min_p": 2.0},
         {"repetition_penalty": 0.0},
+        {"frequency_penalty": 2.5},
+        {"presence_penalty": float("nan")},
+        {"logit_bias": ((3, 101.0),)},
+        {"logit_bias": ((-1, 1.0),)},
     ],
 )
 def test_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
