@@ -24,6 +24,8 @@ def commands() -> list[list[str]]:
         ["control_plane"],
         ["quality", *models, *texts],
         ["recover_tokens", *models],
+        ["speculation", *models],
+        ["links", "--models", *models],
     ]
 
 

@@ -175,16 +175,16 @@ def _show(share: float, line: str) -> None:
         print(f"{share:4.0%} {line}", flush=True)
 
 
-def play(drafter: Drafter, text: Written, limit: int, *, chain: bool) -> dict[str, float]:
-    """Play the edge's loop over a written text; give tokens, round trips, guesses and milliseconds of drafting."""
+def play(drafter: Drafter, text: Written, limit: int, times: list[float], *, chain: bool) -> dict[str, float]:
+    """Play the edge's loop over a written text; give tokens, round trips, guesses, and add milliseconds to `times`."""
     at = text.begin
-    played = {"tokens": 0.0, "round_trips": 0.0, "guesses": 0.0, "stated": 0.0, "ms": 0.0}
+    played = {"tokens": 0.0, "round_trips": 0.0, "guesses": 0.0, "stated": 0.0}
     # tokens[at] was sampled from the prompt's round trip: everything after it counts.
     while at + 1 < len(text.tokens):
         begin = time.perf_counter()
         request = DraftRequest(text.tokens[: at + 1], text.states[at - 1], 63 if chain else limit, LEAST_CHANCE)
         (guesses,) = drafter.propose([request])
-        played["ms"] += (time.perf_counter() - begin) * 1000
+        times.append((time.perf_counter() - begin) * 1000)
         if chain:
             guesses = likeliest_chain(guesses, limit)
         played["guesses"] += len(guesses)
@@ -220,7 +220,8 @@ def measure(make: Callable[[], Drafter], texts: Sequence[Written]) -> list[dict[
     for kind, limits in (("chain", CHAINS), ("tree", TREES)):
         for limit in limits:
             drafter = make()
-            played = [play(drafter, text, limit, chain=kind == "chain") for text in texts]
+            times: list[float] = []
+            played = [play(drafter, text, limit, times, chain=kind == "chain") for text in texts]
             total = {key: sum(each[key] for each in played) for key in played[0]}
             per_text = [each["tokens"] / each["round_trips"] for each in played if each["round_trips"]]
             rows.append(
@@ -231,7 +232,7 @@ def measure(make: Callable[[], Drafter], texts: Sequence[Written]) -> list[dict[
                     "per_text": spread(per_text),
                     "sent_per_round_trip": total["guesses"] / total["round_trips"],
                     "accepted_per_stated": (total["tokens"] - total["round_trips"]) / max(total["stated"], 1e-9),
-                    "ms_per_proposal": total["ms"] / total["round_trips"],
+                    "ms_per_proposal": spread(times)["median"],
                 }
             )
     return rows
@@ -288,7 +289,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=1200)
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--record", default="speculation_offline", metavar="NAME", help="name of the file in results/")
+    parser.add_argument("--record", default="speculation-offline", metavar="NAME", help="name of the file in results/")
     options = parser.parse_args()
     torch.set_num_threads(1)
     record(options.record, {"models": [compare(model, options) for model in options.models]})

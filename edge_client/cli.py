@@ -20,6 +20,12 @@ BROKEN_PIPE = 141
 # What each command does; `edge_client.commands` has a module of its name, with `_` for `-`.
 COMMANDS = {
     "generate": "generate text from a prompt",
+    "chat": "chat in the terminal",
+    "serve": "serve OpenAI's API and a chat page on this machine",
+    "bench": "measure where the time of a token goes",
+    "plan": "measure device, link and server, and say how to run best",
+    "train-drafter": "train a draft head for the model of a server",
+    "doctor": "look at network, server and machine, and say what is wrong",
     "config": "show each setting and where it came from",
 }
 

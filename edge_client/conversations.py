@@ -58,7 +58,7 @@ class Conversations:
 
     @contextlib.asynccontextmanager
     async def branches(self, ids: Sequence[int], count: int) -> AsyncIterator[list[EdgeSession]]:
-        """Give `count` sessions that all have `ids` but the last token; the prompt is computed once.
+        """Give `count` sessions that all have `ids` but the last token; the prompt is computed once, for the first.
 
         The prompt is parked when all goes well, the branches are closed in any case.
         """
@@ -70,6 +70,7 @@ class Conversations:
             for _ in range(count):
                 sessions.append(await self._fork(trunk, len(ids) - 1) if len(ids) > 1 else await self._open())
                 stack.callback(self._close_soon, sessions[-1])
+            sessions[0].carry(trunk.stats)
             yield sessions
 
     async def clear(self) -> None:

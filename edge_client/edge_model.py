@@ -107,7 +107,7 @@ class EdgeModel:
             if work.session.draft is not None and work.replies:
                 work.session.settle(decision.path)
             draft = drafts.get(index)
-            results[index] = Fed(decision.path, draft, drafting=drafting)
+            results[index] = Fed(decision.path, draft, drafting=drafting if decision.request is not None else 0.0)
             tokens = draft.tokens if draft is not None else work.tokens
             if tokens:
                 feeding.append(_Feed(index, work.session, tokens, draft))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -66,6 +66,7 @@ class EdgeSession:
         max_length: int,
         pace: Pace | None = None,
         tokens: Sequence[int] = (),
+        learn: Callable[[Sequence[int]], None] | None = None,
     ) -> None:
         self.stats = GenerationStats(cached_tokens=len(tokens))
         self.tokens = list(tokens)
@@ -77,7 +78,9 @@ class EdgeSession:
         self._max_draft_rows = remote.max_draft_rows(codec)
         # Without blocks in C only the last position's output is of use.
         self._all_rows = all_rows
+        self._learn = learn
         self._begin = 0.0
+        self._carried_bytes = (0, 0)
 
     @property
     def remote(self) -> RemoteSession:
@@ -89,7 +92,7 @@ class EdgeSession:
         """The session's state at the edge."""
         return self._local
 
-    async def generate(self, prompt_ids: Sequence[int], turn: Turn) -> AsyncIterator[TokenEvent]:
+    async def generate(self, prompt_ids: Sequence[int], turn: Turn) -> AsyncGenerator[TokenEvent, None]:
         """Feed what the session does not have of the prompt, then yield each token until `turn` is over.
 
         Raises `FlLlamaError`; after that, or when the caller leaves before the end, the session is of no more use.
@@ -109,6 +112,8 @@ class EdgeSession:
                 for event in turn.take_events():
                     yield event
                 fed = await self._verify(fed, decoder, len(turn.tokens), turn, sent)
+            if self._learn is not None:
+                self._learn([*prompt_ids, *turn.tokens])
             for event in turn.take_events():
                 yield event
         finally:
@@ -231,8 +236,18 @@ class EdgeSession:
         self.stats.total_ms = (now - self._begin) * 1000
         self._count_bytes()
 
+    def carry(self, trunk: GenerationStats) -> None:
+        """Count what another session did for this one, which was forked from it for this answer."""
+        stats = self.stats
+        stats.cached_tokens = trunk.cached_tokens
+        stats.round_trips += trunk.round_trips
+        stats.rows_up += trunk.rows_up
+        self._carried_bytes = (trunk.bytes_up, trunk.bytes_down)
+        self._count_bytes()
+
     def _count_bytes(self) -> None:
-        self.stats.bytes_up, self.stats.bytes_down = self._remote.bytes_up, self._remote.bytes_down
+        up, down = self._carried_bytes
+        self.stats.bytes_up, self.stats.bytes_down = up + self._remote.bytes_up, down + self._remote.bytes_down
 
 
 def _together(answers: Sequence[Answer], all_at_once: bool) -> list[Sequence[Answer]]:

@@ -31,6 +31,7 @@ from edge_client.conversations import Conversations
 from edge_client.decoding import Pace
 from edge_client.edge_model import EdgeModel, Placement
 from edge_client.generate import EdgeSession
+from edge_client.learning import Learner
 from edge_client.link import ServerLink
 from edge_client.model_source import ModelSource, find_model, read_geometry
 from edge_client.rest import ModelCard, RestClient
@@ -39,6 +40,8 @@ from edge_client.session import RemoteSession
 from edge_client.settings import EdgeSettings
 from edge_client.speculate import MakePace, make_pace
 from edge_client.speculation.find import make_drafter
+from edge_client.speculation.head_file import ends_digest
+from edge_client.speculation.transcripts import TranscriptStore
 from edge_client.state_files import StateFolder, cache_errors, write_atomically
 from edge_client.threads import in_thread
 from edge_client.tokenizer import EdgeTokenizer
@@ -66,6 +69,7 @@ class EdgeRuntime:
         link: ServerLink,
         next_pace: MakePace,
         max_sessions: int,
+        learner: Learner | None = None,
     ) -> None:
         self.source = source
         self.noise = spec
@@ -77,6 +81,7 @@ class EdgeRuntime:
         self._worker = EdgeWorker(model)
         self._next_pace = next_pace
         self._pace: Pace | None = None
+        self._learner = learner
         self.conversations = Conversations(
             self._open, self._fork, self._close, most_sessions=max_sessions, most_tokens=max_sessions * self.max_length
         )
@@ -101,10 +106,13 @@ class EdgeRuntime:
         found = source
         async with ServerLink(Connector.of(settings), reconnect_seconds=settings.reconnect_seconds) as link:
             model, spec = await in_thread(lambda: _load(settings, found, max_sessions, notify))
-            runtime = cls(found, model, spec, link, make_pace(settings), max_sessions)
+            learner = _learner(settings, found, notify)
+            runtime = cls(found, model, spec, link, make_pace(settings), max_sessions, learner)
             try:
                 yield runtime
             finally:
+                if learner is not None:
+                    await learner.close()
                 await runtime.conversations.clear()
                 await runtime._worker.close()
 
@@ -167,6 +175,7 @@ class EdgeRuntime:
             max_length=self.max_length,
             pace=self._pace,
             tokens=tokens,
+            learn=self._learner.keep if self._learner is not None else None,
         )
 
     async def _close(self, session: EdgeSession) -> None:
@@ -235,8 +244,10 @@ def _load(
     if name == "auto":
         name = source.card.dtype if device.type == "cuda" else "float32"
     numerics = Numerics(parse_dtype(name), settings.quantization, device)
-    positions = min(source.card.max_model_len, _context(source)) * max_sessions
-    placement = Placement(numerics, positions, max_sessions)
+    # As many again for conversations that wait for their next turn; memory is taken when it is first written to.
+    sessions = 2 * max_sessions
+    positions = min(source.card.max_model_len, _context(source)) * sessions
+    placement = Placement(numerics, positions, sessions)
     checkpoint = Checkpoint.open(source.folder)
     model = EdgeModel(checkpoint, source.partition, Codec.parse(settings.codec), placement)
     if model.bos_token_id is None:
@@ -254,6 +265,12 @@ def _load(
         )
         model.use_noise(spec, PrefixNoise(StateFolder(settings.states()).secret(), scope))
     return model, spec
+
+
+def _learner(settings: EdgeSettings, source: ModelSource, notify: Callable[[str], None]) -> Learner | None:
+    if not settings.learn_from_chats:
+        return None
+    return Learner(TranscriptStore(settings.states(), ends_digest(Checkpoint.open(source.folder))), notify)
 
 
 def _context(source: ModelSource) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_client.plugins import check_name
 from split_llama.config import QUANTIZATIONS
 from split_llama.errors import UsageError
 from split_llama.settings import setting
@@ -22,12 +23,20 @@ def _between(low: float, high: float, what: str) -> Callable[[float], None]:
     return check
 
 
+def _above_zero(value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError("expected seconds above 0")
+
+
 def _noise(text: str) -> None:
+    if ":" in text:
+        check_name(text)
+        return
     number = text.removeprefix("mean-abs=")
     try:
         value = float(number)
     except ValueError:
-        raise ValueError("expected a standard deviation such as 0.02, or mean-abs=0.02") from None
+        raise ValueError("expected a standard deviation such as 0.02, mean-abs=0.02, or MODULE:CLASS") from None
     _between(0, math.inf, "a noise of 0 or more")(value)
 
 
@@ -43,9 +52,11 @@ def _clip(text: str) -> None:
 
 
 def _partition(text: str) -> None:
+    if text == "auto":
+        return
     parts = text.split(",")
     if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
-        raise ValueError("expected two block counts p,q such as 1,1")
+        raise ValueError("expected two block counts p,q such as 1,1, or auto")
 
 
 def _speculate(text: str) -> None:
@@ -63,13 +74,31 @@ class EdgeSettings:
     )
     api_key: str | None = setting(None, "key for the server", secret=True, metavar="KEY")
     transport: str = setting("auto", "how frames travel", choices=("auto", "ws", "http"))
+    ca_certs: Path | None = setting(
+        None, "trust the certificate authorities in this PEM file, and no others, for https", metavar="FILE"
+    )
+    fallback_server: tuple[str, ...] = setting(
+        (), "another server of the same model, for when the first is lost; may be given several times", metavar="URL"
+    )
+    request_timeout: float | None = setting(
+        None,
+        "seconds an answer may take in all, waiting included; default: as long as it takes",
+        check=_above_zero,
+        metavar="S",
+    )
     reconnect_seconds: float = setting(
         60.0, "how long to wait for a lost or busy server", check=_between(0, 1e9, "seconds, 0 or more"), metavar="S"
     )
-    partition: str = setting("1,1", "blocks that stay here: first p and last q", check=_partition, metavar="P,Q")
+    partition: str = setting(
+        "1,1",
+        "blocks that stay here: first p and last q; auto takes what edge-client plan chose, or chooses once",
+        check=_partition,
+        metavar="P,Q|auto",
+    )
     noise: str = setting(
         "mean-abs=0.02",
-        "noise on every value sent: standard deviation, or mean-abs=X for its mean size; 0 switches clipping off too",
+        "noise on every value sent: standard deviation, or mean-abs=X for its mean size; 0 switches clipping off too; "
+        "or an own MODULE:CLASS",
         check=_noise,
         metavar="SIGMA",
     )
@@ -84,8 +113,11 @@ class EdgeSettings:
     )
     drafter: str = setting(
         "auto",
-        "where guesses come from: lookup (repetitions in the text), head (see train-drafter), auto (both), "
-        "or an own MODULE:CLASS",
+        "where guesses come from: lookup (repetitions in the text), head or FILE.safetensors (see train-drafter), "
+        "auto (both), or an own MODULE:CLASS",
+    )
+    learn_from_chats: bool = setting(
+        False, "keep the token ids of prompts and answers in the state folder, for train-drafter --chats"
     )
     allow_embedding_states: bool = setting(False, "allow p = 0, which sends bare token embeddings")
     accept_new_weights: bool = setting(False, "trust the server's weights although they changed since first use")

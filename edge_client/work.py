@@ -85,7 +85,7 @@ class Encoded:
 class Fed:
     """What a work came to: the draft's nodes that stayed, what was fed behind them and its rows (none: it is over).
 
-    `drafting` is the time that guessing took, in seconds, for all sessions of the pass.
+    `drafting` is the time that guessing took, in seconds, for all sessions of the pass; 0 for one that did not ask.
     """
 
     path: tuple[int, ...] = ()

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from edge_client.deadline import deadline
 from edge_client.gateway.grammar import Grammars
@@ -47,8 +47,7 @@ class Answer:
         last = self._asked
         histogram = self._metrics.first_token
         if self._session is not None:
-            made = cast(AsyncGenerator[TokenEvent, None], self._session.generate(self._ids, self.turn))
-            async with contextlib.aclosing(made) as events:
+            async with contextlib.aclosing(self._session.generate(self._ids, self.turn)) as events:
                 async for event in events:
                     now = time.perf_counter()
                     histogram.observe(now - last)

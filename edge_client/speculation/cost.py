@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable, Sequence
 
 # Observations are kept whole until so many are there: a first one may be an outlier.
 EARLY = 5
@@ -19,11 +20,15 @@ class RobustLine:
     """Least squares of `y = base + slope * x` with exponential forgetting, over winsorised residuals.
 
     While all x are alike the data cannot tell base from slope: a weak prior says that one step of x costs
-    `prior_share` of the base.
+    `prior_share` of the base. `early` makes one number of the first few: what is slow only at its first use is better
+    judged by their minimum than by their median.
     """
 
-    def __init__(self, decay: float, prior_share: float) -> None:
+    def __init__(
+        self, decay: float, prior_share: float, *, early: Callable[[Sequence[float]], float] = statistics.median
+    ) -> None:
         assert 0 < decay < 1, "a share to keep per observation"
+        self._middle = early
         self._decay = decay
         self._share = prior_share
         self._early: list[tuple[float, float]] = []
@@ -60,15 +65,15 @@ class RobustLine:
         self._y, self._xy = self._y * share, self._xy * share
 
     def _guess_early(self) -> None:
-        """Medians of what was seen at 0 and beyond; the prior's slope where one of them is missing."""
+        """The middle of what was seen at 0 and beyond; the prior's slope where one of them is missing."""
         at_zero = [y for x, y in self._early if x == 0]
         beyond = [(x, y) for x, y in self._early if x > 0]
         if at_zero and beyond:
-            middle = statistics.fmean(x for x, _ in beyond)
-            self.base = statistics.median(at_zero)
-            self.slope = max(0.0, statistics.median(y for _, y in beyond) - self.base) / middle
+            steps = statistics.fmean(x for x, _ in beyond)
+            self.base = self._middle(at_zero)
+            self.slope = max(0.0, self._middle([y for _, y in beyond]) - self.base) / steps
             return
-        self.base = statistics.median(y / (1 + self._share * x) for x, y in self._early)
+        self.base = self._middle([y / (1 + self._share * x) for x, y in self._early])
         self.slope = self._share * self.base
 
     def _take(self, x: float, y: float) -> None:

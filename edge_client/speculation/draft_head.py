@@ -33,7 +33,12 @@ class HeadShape:
     @classmethod
     def usual(cls, width: int) -> HeadShape:
         """Sizes that fit a model of this width: more learns no better in the minutes that there are."""
-        return cls(width, max(256, min(2 * width, 4096)), max(64, min(width // 2, 1024)))
+        return cls(width, max(256, min(2 * width, 1024)), max(64, min(width // 2, 256)))
+
+    @property
+    def linear(self) -> int:
+        """Units of the hidden layer without a nonlinearity: a good part of the step is linear."""
+        return min(self.width, 512)
 
 
 class DraftHead(nn.Module):
@@ -46,15 +51,14 @@ class DraftHead(nn.Module):
         super().__init__()
         self.shape = shape
         d, h, m = shape.width, shape.hidden, shape.memory
-        # One matrix for all that reads the input: what is new in the state, the hidden layer's gate and its values, and
-        # what to remember and how much of it.
-        self.parts = [d, h, h, m, m]
-        self.read = nn.Linear(2 * d + m, sum(self.parts))
-        self.down = nn.Linear(h, d, bias=False)
+        # One matrix for all that reads the input: linear units, gates and values of the gated ones, and how much to
+        # remember of what.
+        self.parts = [shape.linear, h, h, m, m]
+        self.read: nn.Module = nn.Linear(2 * d + m, sum(self.parts))
+        self.write: nn.Module = nn.Linear(shape.linear + h, d)
         # What a state's coordinate measures on average, and how much to flatten the chances of each step.
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("temperatures", torch.ones(CALIBRATED_STEPS))
-        nn.init.zeros_(self.down.weight)
 
     def begin(self, states: Tensor) -> Tensor:
         """Give the memory before the first step, `[B, m]`."""
@@ -64,9 +68,9 @@ class DraftHead(nn.Module):
         """Predict the states after the given tokens, whose embeddings are given."""
         d = self.shape.width
         x = torch.cat((F.rms_norm(states, (d,)), F.rms_norm(embeddings, (d,), eps=1e-12), memory), dim=1)
-        new, gate, up, share, memory_new = self.read(x).split(self.parts, dim=1)
-        states = self.scale * (new + self.down(F.silu(gate) * up))
-        return states, torch.lerp(memory, memory_new.tanh(), share.sigmoid())
+        linear, gate, up, share, new = self.read(x).split(self.parts, dim=1)
+        states = self.scale * self.write(torch.cat((linear, F.silu(gate) * up), dim=1))
+        return states, torch.lerp(memory, new.tanh(), share.sigmoid())
 
     def temperature(self, step: int) -> Tensor:
         """Temperature of the chances after step `step`, counted from 0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,16 +10,35 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from edge_client.speculation.drafter import DraftRequest, Guesses
 from edge_client.speculation.head_file import TrainedHead, ends_digest, load_head
 from edge_client.speculation.tree import GuessTree
 from split_llama.checkpoint import Checkpoint
 from split_llama.errors import ModelMismatch
+from split_llama.products import Numerics, Product
 
 DEEPEST = 16
+# A matrix of more elements is multiplied as int8, a quarter of the bytes: what is guessed with needs no more.
+LARGE = 2**20
 BRANCHES = 12
+
+
+class _Multiply(nn.Module):
+    """A frozen matrix with its bias, in the way that multiplies fastest."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self._weight, self._bias = weight, bias
+        self._product: Product | None = None
+        if weight.numel() > LARGE:
+            self._product = Numerics(torch.float32, "int8", torch.device("cpu")).product(weight, bias)
+            self._weight = weight[:0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply rows."""
+        return F.linear(x, self._weight, self._bias) if self._product is None else self._product(x)
 
 
 @dataclass(slots=True)
@@ -52,10 +72,13 @@ class HeadDrafter:
 
     def __init__(self, trained: TrainedHead, embedding: Tensor, lm_head: Tensor) -> None:
         """`embedding [V, d]` of any type, `lm_head [v, d]` float32: the rows of the tokens that can be guessed."""
-        self._head = trained.head
+        self._head = copy.deepcopy(trained.head)
+        for name in ("read", "write"):
+            matrix = getattr(self._head, name)
+            setattr(self._head, name, _Multiply(matrix.weight.detach(), matrix.bias.detach()))
         self._vocabulary = trained.vocabulary.tolist()
         self._embedding = embedding
-        self._lm_head = lm_head
+        self._lm_head = _Multiply(lm_head)
         self._branches = min(BRANCHES, len(self._vocabulary))
 
     @classmethod
@@ -78,7 +101,10 @@ class HeadDrafter:
                 f"the draft head is for states of {trained.head.shape.width} values and other tokens; the model has "
                 f"{config.hidden_size} and {len(lm_head)} tokens; train one for this model (edge-client train-drafter)"
             )
-        return cls(trained, embedding, lm_head[vocabulary].float())
+        drafter = cls(trained, embedding, lm_head[vocabulary].float())
+        # The first use of an operator takes many times as long as those after it.
+        drafter.propose([DraftRequest((0,), torch.zeros(config.hidden_size), 1, 0.0)])
+        return drafter
 
     @torch.inference_mode()
     def propose(self, requests: Sequence[DraftRequest]) -> list[Guesses]:
@@ -107,7 +133,7 @@ class HeadDrafter:
         self, growths: Sequence[_Growth], frontier: Sequence[tuple[int, int]], states: Tensor, step: int
     ) -> list[tuple[int, int, int]]:
         """Add the likeliest tokens after each frontier node; give (row of `states`, tree, new node) of each."""
-        logits = states @ self._lm_head.t()
+        logits = self._lm_head(states)
         chances = (logits / self._head.temperature(step)).softmax(-1)
         top = chances.topk(self._branches)
         found = []

@@ -39,11 +39,13 @@ DECAY = 0.96
 SPEED_DECAY = 0.92
 # A round's cost per row before it was ever measured, as a share of the whole.
 PRIOR_ROW_SHARE = 0.02
-# Drafted rounds before drafting is judged, unless it has cost this many round trips already.
+# Drafted rounds before drafting is judged, and so few where it has cost this many round trips by then. One would be too
+# few: a drafter's first use may take a hundred times as long as the others.
 PROBE_ROUNDS = 3
+DEAR_ROUNDS = 2
 PROBE_LOSS = 4.0
 # Drafting stops below this share of the speed without it: between it and 1 a coin's toss would decide.
-STOP_BELOW = 0.99
+STOP_BELOW = 0.98
 # Rounds without drafting after a failed probe: at least, at most, and so that probing loses no more than this share.
 FIRST_REST = 8
 LONGEST_REST = 1024
@@ -52,6 +54,9 @@ LOSS_SHARE = 0.03
 STEADY_ROUNDS = 24
 # While drafting goes well, one round in so many goes without: t0 is measured, not guessed.
 PLAIN_EVERY = 64
+# Less than this is no time that was measured, and no time in which a drafter could have answered.
+LEAST_SECONDS = 1e-9
+LEAST_DRAFTING = 5e-6
 # What a successor keeps of the evidence.
 INHERITED = 0.5
 
@@ -67,16 +72,34 @@ class Wish:
 NOT_NOW = Wish(0, 1.0)
 
 
+@dataclass(slots=True)
+class _Sums:
+    """Drafted rounds, their rows beside the root's, guesses, tokens. Seconds are made of them when they are asked for:
+    what was measured late corrects what was thought early."""
+
+    rounds: float = 0.0
+    rows: float = 0.0
+    guesses: float = 0.0
+    tokens: float = 0.0
+
+    def add(self, rows: int, guesses: int, tokens: int, *, decay: float = 1.0) -> None:
+        """Take one round, after forgetting some of those before."""
+        self.rounds = self.rounds * decay + 1
+        self.rows = self.rows * decay + rows
+        self.guesses = self.guesses * decay + guesses
+        self.tokens = self.tokens * decay + tokens
+
+
 class DraftPace:
     """Decides for one session, from what its rounds cost and brought."""
 
     def __init__(self) -> None:
         self._round = RobustLine(DECAY, PRIOR_ROW_SHARE)
-        self._drafting = RobustLine(DECAY, 0.0)
+        self._drafting = RobustLine(DECAY, 0.0, early=min)
         self._calibration = Calibration(DECAY)
-        self._tokens = self._seconds = 0.0
-        self._judged = 0
-        self._lost = 0.0
+        # Of the last drafted rounds, forgotten by and by; and of all since the last rest.
+        self._lately = _Sums()
+        self._probe = _Sums()
         self._rest = 0
         self._next_rest = FIRST_REST
         self._since_plain = 0
@@ -87,8 +110,6 @@ class DraftPace:
         heir._round.forget(INHERITED)
         heir._drafting.forget(INHERITED)
         heir._calibration.forget(INHERITED)
-        heir._tokens *= INHERITED
-        heir._seconds *= INHERITED
         return heir
 
     @property
@@ -98,11 +119,17 @@ class DraftPace:
 
     def plain_speed(self) -> float:
         """Tokens per second without drafting; 0 while unknown."""
-        return 1 / self._round.base if self._round.base > 0 else 0.0
+        return 1 / self._round.base if self._round.base > LEAST_SECONDS else 0.0
 
     def speed(self) -> float:
         """Tokens per second with drafting, over the last drafted rounds; 0 while unknown."""
-        return self._tokens / self._seconds if self._seconds > 0 else 0.0
+        seconds = self._cost(self._lately)
+        return self._lately.tokens / seconds if seconds > LEAST_SECONDS else 0.0
+
+    def _cost(self, sums: _Sums) -> float:
+        """What such rounds cost as a rule: one late packet says nothing about drafting."""
+        each = self._round.base + self._drafting.base
+        return sums.rounds * each + sums.rows * self._round.slope + sums.guesses * self._drafting.slope
 
     def wish(self) -> Wish:
         """Say what the next round should be."""
@@ -116,7 +143,7 @@ class DraftPace:
         row = self._round.slope + self._drafting.slope
         worth = row * max(self.speed(), self.plain_speed())
         stated = max(LEAST_CHANCE, self._calibration.stated_for(max(worth, 1e-6)))
-        return Wish(FIRST_GUESSES if self._judged < PROBE_ROUNDS else MOST_GUESSES, min(stated, 1.0))
+        return Wish(FIRST_GUESSES if self._probe.rounds < PROBE_ROUNDS else MOST_GUESSES, min(stated, 1.0))
 
     def observe(
         self,
@@ -131,34 +158,30 @@ class DraftPace:
         """Take what a round brought: `accepted` are numbers of guesses, `rows` all rows sent, the root's included.
 
         `seconds` is from the sending of the rows to the next tokens, and `drafting_seconds` what drafting took beside
-        it: 0 says that no drafter was asked.
+        it: next to nothing says that no drafter was asked. In a pass with others it may be theirs.
         """
         self._round.observe(max(0, rows - 1), seconds)
-        if drafting_seconds <= 0 and not chances:
+        if not chances and (self._rest > 0 or drafting_seconds < LEAST_DRAFTING):
             self._rest = max(0, self._rest - 1)
             self._since_plain = 0
             return
         self._drafting.observe(len(chances), drafting_seconds)
         self._since_plain = 0 if rows <= 1 else self._since_plain + 1
         self._calibration.observe(chances, accepted)
-        # Judged by what such a round costs as a rule: one late packet says nothing about drafting.
-        spent = self._round.at(max(0, rows - 1)) + self._drafting.at(len(chances))
-        self._tokens = self._tokens * SPEED_DECAY + 1 + len(accepted)
-        self._seconds = self._seconds * SPEED_DECAY + spent
-        self._judged += 1
-        self._judge(1 + len(accepted), spent)
+        for sums, decay in ((self._lately, SPEED_DECAY), (self._probe, 1.0)):
+            sums.add(max(0, rows - 1), len(chances), 1 + len(accepted), decay=decay)
+        self._judge()
 
-    def _judge(self, tokens: int, spent: float) -> None:
-        base = self._round.base
-        self._lost += spent - tokens * base
-        is_ripe = self._judged >= PROBE_ROUNDS or self._lost > PROBE_LOSS * base
+    def _judge(self) -> None:
+        base, rounds = self._round.base, self._probe.rounds
+        lost = self._cost(self._probe) - self._probe.tokens * base
+        is_ripe = rounds >= PROBE_ROUNDS or (rounds >= DEAR_ROUNDS and lost > PROBE_LOSS * base)
         if is_ripe and self.speed() < STOP_BELOW * self.plain_speed():
-            by_loss = self._lost / (LOSS_SHARE * base) if base > 0 else 0.0
+            by_loss = lost / (LOSS_SHARE * base)
             self._rest = int(min(LONGEST_REST, max(self._next_rest, by_loss)))
             self._next_rest = min(LONGEST_REST, 2 * self._next_rest)
             # The next probe is judged by itself: what it is like now, not what it was like then.
             self._calibration.forget(INHERITED)
-            self._tokens = self._seconds = self._lost = 0.0
-            self._judged = 0
-        elif self._judged >= STEADY_ROUNDS:
+            self._lately, self._probe = _Sums(), _Sums()
+        elif rounds >= STEADY_ROUNDS:
             self._next_rest = FIRST_REST

@@ -9,50 +9,76 @@ from edge_client.speculation.drafter import DraftRequest, Guesses
 
 LONGEST_MATCH = 8
 SHORTEST_MATCH = 2
+# Places where the last tokens occurred before, the latest ones: a text may repeat them thousands of times.
+PLACES_LOOKED_AT = 64
 LONGEST_CHAIN = 16
 # Chance that the token after a match of so many tokens comes again; a pace calibrates what it makes of them.
-CHANCES = {1: 0.2, 2: 0.4, 3: 0.55, 4: 0.65, 5: 0.72, 6: 0.78, 7: 0.82, 8: 0.85}
+CHANCES = {2: 0.4, 3: 0.55, 4: 0.65, 5: 0.72, 6: 0.78, 7: 0.82, 8: 0.85}
+TOKENS_COMPARED = 64
 # Sequences whose index is kept; the least recently used one goes.
 KEPT_SEQUENCES = 64
 
 
-class NgramIndex:
-    """Where each n-gram of a growing sequence last ended, the newest token excepted: it has no follower yet."""
+class TailIndex:
+    """Where each pair of tokens in a growing sequence ended, the newest excepted: it has no follower yet."""
 
-    def __init__(self, shortest: int, longest: int) -> None:
-        self._shortest, self._longest = shortest, longest
-        # Never empty once it was extended, which comes right after it was made.
+    def __init__(self) -> None:
         self._tokens: list[int] = []
-        self._ends: dict[tuple[int, ...], int] = {}
+        # Where a pair of tokens, as one number, ended last, and for each end that of the same pair before, or 0.
+        # Numbers only: thousands of small lists would keep the garbage collector busy.
+        self._last: dict[int, int] = {}
+        self._before: list[int] = [0, 0]
 
     def __len__(self) -> int:
         return len(self._tokens)
 
     def holds(self, tokens: Sequence[int]) -> bool:
-        """Whether `tokens` continues what is indexed."""
+        """Whether `tokens` continues what is indexed, as far as the last tokens tell.
+
+        Comparing all of a long text at each token would cost more than all else here. Two texts that agree so far back
+        at the same place may well share an index: a wrong guess is only a guess.
+        """
         count = len(self._tokens)
-        # The last token tells most foreign sequences apart without comparing them.
-        if len(tokens) < count or tokens[count - 1] != self._tokens[-1]:
-            return False
-        return list(tokens[:count]) == self._tokens
+        begin = max(0, count - TOKENS_COMPARED)
+        return len(tokens) >= count and list(tokens[begin:count]) == self._tokens[begin:]
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Take the whole sequence, which continues what is indexed."""
         begin = len(self._tokens)
         self._tokens.extend(tokens[begin:])
-        # An n-gram counts once a token follows it.
-        for end in range(max(1, begin), len(self._tokens)):
-            for length in range(self._shortest, min(self._longest, end) + 1):
-                self._ends[tuple(self._tokens[end - length : end])] = end
+        # A pair counts once a token follows it.
+        for end in range(max(SHORTEST_MATCH, begin), len(self._tokens)):
+            pair = self._pair(end)
+            self._before.append(self._last.get(pair, 0))
+            self._last[pair] = end
+
+    def _pair(self, end: int) -> int:
+        return self._tokens[end - 2] << 32 | self._tokens[end - 1]
 
     def longest(self) -> tuple[int, int] | None:
-        """Match the longest tail that came before; give its length, and the position after its latest occurrence."""
-        count = len(self._tokens)
-        for length in range(min(self._longest, count - 1), self._shortest - 1, -1):
-            end = self._ends.get(tuple(self._tokens[count - length :]))
-            if end is not None:
-                return length, end
-        return None
+        """Match the longest tail that came before; give its length, and the position after its latest occurrence.
+
+        Of the places where the last tokens occurred, the latest ones are looked at.
+        """
+        if len(self._tokens) < SHORTEST_MATCH:
+            return None
+        best: tuple[int, int] | None = None
+        end = self._last.get(self._pair(len(self._tokens)), 0)
+        for _ in range(PLACES_LOOKED_AT):
+            if end == 0 or (best is not None and best[0] == LONGEST_MATCH):
+                break
+            length = self._match(end)
+            if best is None or length > best[0]:
+                best = length, end
+            end = self._before[end]
+        return best
+
+    def _match(self, end: int) -> int:
+        """How many tokens before `end` are those at the end of the sequence."""
+        tokens, length = self._tokens, SHORTEST_MATCH
+        while length < min(LONGEST_MATCH, end) and tokens[end - length - 1] == tokens[-length - 1]:
+            length += 1
+        return length
 
     def after(self, position: int, count: int) -> list[int]:
         """What followed; where that runs into the end of the sequence it goes round, as a repeating text would."""
@@ -70,10 +96,8 @@ class PromptLookup:
     microseconds however long the text is.
     """
 
-    def __init__(self, *, shortest: int = SHORTEST_MATCH, longest: int = LONGEST_MATCH) -> None:
-        assert 1 <= shortest <= longest <= LONGEST_MATCH, "lengths of matches"
-        self._shortest, self._longest = shortest, longest
-        self._indices: OrderedDict[int, NgramIndex] = OrderedDict()
+    def __init__(self) -> None:
+        self._indices: OrderedDict[int, TailIndex] = OrderedDict()
         self._next = 0
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Guesses]:
@@ -105,14 +129,14 @@ class PromptLookup:
             chances.append(chance)
         return Guesses(tuple(tokens), tuple(range(-1, len(tokens) - 1)), tuple(chances))
 
-    def _index(self, tokens: Sequence[int]) -> NgramIndex:
+    def _index(self, tokens: Sequence[int]) -> TailIndex:
         """Find the longest index that `tokens` continues, or begin one."""
         found = [key for key, index in self._indices.items() if index.holds(tokens)]
         if found:
             key = max(found, key=lambda key: len(self._indices[key]))
             self._indices.move_to_end(key)
             return self._indices[key]
-        index = self._indices[self._next] = NgramIndex(self._shortest, self._longest)
+        index = self._indices[self._next] = TailIndex()
         self._next += 1
         if len(self._indices) > KEPT_SEQUENCES:
             self._indices.popitem(last=False)

@@ -137,12 +137,22 @@ async def test_branches_compute_the_prompt_once(edge: EdgeRuntime) -> None:
         return turn.tokens
 
     async with edge.conversations.branches(PROMPT, 3) as sessions:
-        assert [session.stats.cached_tokens for session in sessions] == [len(PROMPT) - 1] * 3
+        assert [session.stats.cached_tokens for session in sessions] == [0] + [len(PROMPT) - 1] * 2
+        assert sessions[0].stats.rows_up == len(PROMPT) - 1
+        assert sessions[0].stats.bytes_up > 1000 > sessions[1].stats.bytes_up
         answers = await asyncio.gather(*map(branch, sessions))
     assert len({tuple(answer) for answer in answers}) > 1
     assert await gauge(url, "prompt_tokens_total") - before < 2 * len(PROMPT)
     await edge.conversations.clear()
     assert await gauge(url, "kv_cache_usage_ratio") == 0
+
+
+async def test_parked_conversations_leave_room_for_new_ones(edge: EdgeRuntime) -> None:
+    for question in range(12):
+        ids = [1, *([20 + question] * 400)]
+        answers = await asyncio.gather(*(say(edge, [*ids, tab], 60) for tab in range(4)))
+        assert all(len(tokens) == 60 for tokens, _ in answers)
+    assert len(edge.conversations) > 0
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -212,3 +222,18 @@ async def test_little_in_common_or_a_broken_session_is_no_parent() -> None:
         session.remote.error = KeyError()
     assert await room.park(*range(20), 21) == 0
     assert len(room.pool) == 1
+
+
+async def test_chats_are_kept_only_where_that_was_asked_for(
+    tiny_checkpoint: TinyCheckpoint, serve_model: ServeModel, edge_settings: MakeSettings, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    async with serve_model(tiny_checkpoint()) as url:
+        async with EdgeRuntime.connect(edge_settings(url)) as edge:
+            await say(edge, PROMPT)
+        assert not (tmp_path / "state" / "transcripts").exists()
+        async with EdgeRuntime.connect(edge_settings(url, learn_from_chats=True), notify=said.append) as edge:
+            answer, _ = await say(edge, PROMPT)
+            store = edge._learner._store  # type: ignore[union-attr]
+    assert store.read() == [[*PROMPT, *answer]]
+    assert any("stay on this machine" in line for line in said)

@@ -92,7 +92,7 @@ def test_a_pace_that_knows_its_link_wants_just_the_guesses_that_pay() -> None:
 
 
 def test_a_successor_begins_where_its_forerunner_is() -> None:
-    link, pace = LINKS["80 ms"], DraftPace()
+    link, pace = LINKS["80 ms, slow server"], DraftPace()
     run(link, Drafting(0.8), 200, pace.wish, pace)
     heir = pace.successor()
     assert heir.wish().max_guesses == MOST_GUESSES
@@ -199,3 +199,28 @@ def test_calibration_learns_what_claims_are_worth() -> None:
     assert calibration.stated_for(0.36) == pytest.approx(0.6, rel=0.35)
     calibration.forget(0.01)
     assert calibration.ratio() == pytest.approx(1.0, abs=0.3)
+
+
+def test_a_drafter_that_is_slow_only_at_first_is_kept() -> None:
+    """A second for the first proposal, then a millisecond: seen on a busy machine."""
+    pace = DraftPace()
+    observe(pace, 1, 0.02)
+    for took in (1.0, 0.001, 0.001, 0.001, 0.001):
+        assert pace.wish().max_guesses > 0
+        observe(pace, 9, 0.021, [0.8**depth for depth in range(1, 9)], [0, 1], took)
+    assert pace.speed() > 2 * pace.plain_speed()
+
+
+def test_a_rest_ends_although_others_draft_meanwhile() -> None:
+    """In a pass with other sessions, what their drafting took is observed here too."""
+    pace = DraftPace()
+    for _ in range(2):
+        observe(pace, 1, 0.02, drafting=1e-6)
+    while not pace.is_resting:
+        observe(pace, 9, 0.04, [0.8**depth for depth in range(1, 9)], [], 0.01)
+    rounds = 0
+    while pace.is_resting:
+        observe(pace, 1, 0.02, drafting=0.01)
+        rounds += 1
+    assert 0 < rounds < 200
+    assert pace.wish().max_guesses > 0
