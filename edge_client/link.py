@@ -5,55 +5,51 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Sequence
 
+from edge_client.connector import Connector, may_pass
+from edge_client.outbox import Outbox
 from edge_client.session import RemoteSession, new_opening
 from edge_client.session_state import SessionState
-from split_llama.errors import (
-    ConnectionRefused,
-    Draining,
-    FlLlamaError,
-    ModelMismatch,
-    NotAServer,
-    RemoteError,
-    ServerUnreachable,
-    SlowReader,
-)
-from split_llama.transport.base import NORMAL_CLOSE, Channel, ChannelClosed, Transport
-from split_llama.wire.control import Hello, HelloReply, Open, error_from_frame
-from split_llama.wire.frame import VERSION, Frame, Kind, encode_message, split_message
+from split_llama.errors import ConnectionRefused, FlLlamaError, ServerUnreachable, SlowReader
+from split_llama.transport.base import NORMAL_CLOSE, Channel, ChannelClosed
+from split_llama.wire.control import HelloReply, Open, error_from_frame
+from split_llama.wire.frame import Frame, Kind, encode_message, split_message
 
-HELLO_SECONDS = 15.0
 CLOSE_SECONDS = 1.0
+MESSAGE_BYTES = 128 * 1024
 FIRST_BACKOFF = 0.05
 LONGEST_BACKOFF = 3.0
-CLIENT_NAME = "fl-llama edge-client"
 
 
 class ServerLink:
-    """Use as `async with ServerLink(transports, ...) as link`. `transports` are tried in order at first; the one that
-    works is kept. A lost link is retried for `reconnect_seconds`, then every session fails with `ServerUnreachable`.
+    """Use as `async with ServerLink(connector, ...) as link`. A lost link is retried for `reconnect_seconds`, then
+    every session fails with `ServerUnreachable`. Where a server says that a session moved, all of them follow.
     """
 
-    def __init__(self, transports: Sequence[Transport], *, reconnect_seconds: float = 60.0) -> None:
-        self._transports = list(transports)
+    def __init__(self, connector: Connector, *, reconnect_seconds: float = 60.0) -> None:
+        self._connector = connector
         self._reconnect_seconds = reconnect_seconds
         self._sessions: dict[int, RemoteSession] = {}
         self._next_handle = 0
         self._dirty: dict[RemoteSession, None] = {}
         self._dirty_event = asyncio.Event()
-        self._hello: HelloReply | None = None
+        self._moved_to: str | None = None
+        self._moved = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._error: FlLlamaError | None = None
 
     @property
     def hello(self) -> HelloReply:
         """What the server said about itself."""
-        assert self._hello is not None, "the link is not connected"
-        return self._hello
+        return self._connector.hello
+
+    @property
+    def address(self) -> str:
+        """The server in use, which may be another than at first."""
+        return self._connector.addresses.current.base
 
     async def __aenter__(self) -> ServerLink:
-        channel = await self._first_connect()
+        channel = await self._connector.connect()
         self._task = asyncio.create_task(self._serve(channel), name="server-link")
         return self
 
@@ -85,8 +81,9 @@ class ServerLink:
         return session
 
     def _redirect(self, address: str) -> None:
-        """Follow a MOVED."""
-        self._fail(RemoteError(f"the server moved this session to {address}; start again with --server {address}"))
+        """Follow a MOVED: the whole link goes there."""
+        self._moved_to = address
+        self._moved.set()
 
     async def close(self, session: RemoteSession) -> None:
         """Close a session on the server and forget it."""
@@ -101,46 +98,6 @@ class ServerLink:
         self._dirty[session] = None
         self._dirty_event.set()
 
-    async def _first_connect(self) -> Channel:
-        while True:
-            try:
-                return await self._connect()
-            except (NotAServer, ServerUnreachable):
-                # WebSocket may be blocked on the way; the next transport says whether anything is there at all.
-                if len(self._transports) == 1:
-                    raise
-                del self._transports[0]
-
-    async def _connect(self) -> Channel:
-        channel = await self._transports[0].connect()
-        try:
-            async with asyncio.timeout(HELLO_SECONDS):
-                hello = await self._greet(channel)
-        except TimeoutError:
-            await channel.close()
-            raise ServerUnreachable(f"the server did not answer HELLO in {HELLO_SECONDS:.0f} seconds") from None
-        except ChannelClosed as closed:
-            raise closed.error() from closed
-        except BaseException:
-            await channel.close()
-            raise
-        known = self._hello
-        if known is not None and (known.geometry, known.blocks) != (hello.geometry, hello.blocks):
-            await channel.close()
-            raise ModelMismatch("the server came back with another model; start again to use it")
-        self._hello = hello
-        return channel
-
-    async def _greet(self, channel: Channel) -> HelloReply:
-        hello = Frame(Kind.HELLO, payload=Hello(protocol=VERSION, client=CLIENT_NAME).to_bytes())
-        await channel.send(hello.encode())
-        frame = next(split_message(await channel.receive()), None)
-        if frame is not None and frame.kind is Kind.ERROR:
-            raise error_from_frame(frame)
-        if frame is None or frame.kind is not Kind.HELLO:
-            raise NotAServer("the server did not answer HELLO with HELLO")
-        return HelloReply.from_bytes(frame.payload)
-
     async def _serve(self, channel: Channel) -> None:
         """Read and write until the link is lost, make it anew, and so on; an error that stays ends all sessions."""
         try:
@@ -150,7 +107,8 @@ class ServerLink:
                     session.state.detach()
                 if isinstance(lost, ConnectionRefused) and not isinstance(lost, SlowReader):
                     raise lost
-                channel = await self._reconnect(lost)
+                moves = self._take_move()
+                channel = await self._reconnect(lost, 0.0 if moves else FIRST_BACKOFF)
                 for handle, session in self._sessions.items():
                     self._attach(handle, session)
                     self._kick(session)
@@ -166,10 +124,17 @@ class ServerLink:
         for session in self._sessions.values():
             session.fail(error)
 
-    async def _reconnect(self, lost: FlLlamaError) -> Channel:
+    def _take_move(self) -> bool:
+        """Say whether a server named another one, which is asked next."""
+        address, self._moved_to = self._moved_to, None
+        self._moved.clear()
+        if address is not None:
+            self._connector.addresses.move(address)
+        return address is not None
+
+    async def _reconnect(self, lost: FlLlamaError, backoff: float) -> Channel:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._reconnect_seconds
-        backoff = FIRST_BACKOFF
         while True:
             delay = backoff * random.uniform(0.5, 1.5)
             if loop.time() + delay > deadline:
@@ -178,20 +143,23 @@ class ServerLink:
                     f"({lost.message})"
                 ) from lost
             await asyncio.sleep(delay)
-            backoff = min(backoff * 2, LONGEST_BACKOFF)
+            backoff = min(max(backoff * 2, FIRST_BACKOFF), LONGEST_BACKOFF)
             try:
-                return await self._connect()
-            except (RemoteError, Draining) as error:
+                return await self._connector.connect()
+            except FlLlamaError as error:
+                if not may_pass(error):
+                    raise
                 lost = error
 
     async def _pump(self, channel: Channel) -> FlLlamaError:
         """Move frames both ways until the channel ends; give the reason."""
         reader = asyncio.create_task(self._read(channel), name="server-link-reader")
         writer = asyncio.create_task(self._write(channel), name="server-link-writer")
+        leaver = asyncio.create_task(self._leave(), name="server-link-leaver")
         try:
-            await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((reader, writer, leaver), return_when=asyncio.FIRST_COMPLETED)
             # The reader knows best why a channel ended, and what came before its end still counts.
-            await asyncio.wait((reader,), timeout=0 if reader.done() else CLOSE_SECONDS)
+            await asyncio.wait((reader,), timeout=0 if reader.done() or leaver.done() else CLOSE_SECONDS)
             for task in (reader, writer):
                 if task.done():
                     await task
@@ -202,10 +170,14 @@ class ServerLink:
             await channel.close(error.close_code or NORMAL_CLOSE, error.message)
             return error
         finally:
-            for task in (reader, writer):
+            for task in (reader, writer, leaver):
                 task.cancel()
-            await asyncio.gather(reader, writer, return_exceptions=True)
+            await asyncio.gather(reader, writer, leaver, return_exceptions=True)
             await channel.close()
+
+    async def _leave(self) -> None:
+        """End when a server names another one."""
+        await self._moved.wait()
 
     async def _read(self, channel: Channel) -> None:
         while True:
@@ -215,34 +187,20 @@ class ServerLink:
     def _dispatch(self, frame: Frame) -> None:
         if frame.handle == 0 and frame.kind is Kind.ERROR:
             raise error_from_frame(frame)
+        if frame.kind is Kind.REPLY:
+            self._connector.addresses.answered()
         session = self._sessions.get(frame.handle)
         if session is not None:
             session.on_frame(frame)
 
     async def _write(self, channel: Channel) -> None:
-        limit = self.hello.max_message_bytes
+        outbox = Outbox[RemoteSession](min(self.hello.max_message_bytes, MESSAGE_BYTES))
         while True:
-            await self._dirty_event.wait()
+            if not outbox:
+                await self._dirty_event.wait()
             self._dirty_event.clear()
-            batches = [session.take_frames() for session in self._dirty]
+            for session in self._dirty:
+                outbox.put(session, session.take_frames())
             self._dirty.clear()
-            # One new token is waited for by somebody; a prompt's chunks can follow.
-            batches.sort(key=lambda frames: max((frame.count for frame in frames), default=0))
-            for message in _messages([frame for frames in batches for frame in frames], limit):
-                await channel.send(message)
-
-
-def _messages(frames: Sequence[Frame], limit: int) -> list[bytes]:
-    """Join frames into messages of at most `limit` bytes."""
-    messages: list[bytes] = []
-    batch: list[Frame] = []
-    size = 0
-    for frame in frames:
-        if batch and size + frame.size > limit:
-            messages.append(encode_message(batch))
-            batch, size = [], 0
-        batch.append(frame)
-        size += frame.size
-    if batch:
-        messages.append(encode_message(batch))
-    return messages
+            if frames := outbox.take():
+                await channel.send(encode_message(frames))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import ssl as ssl_module
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
+from edge_client.addresses import Addresses
+from edge_client.settings import EdgeSettings
 from split_llama.config import BlockRange, Partition
-from split_llama.errors import CheckpointError, FlLlamaError, NotAServer, UsageError
+from split_llama.errors import CheckpointError, FlLlamaError, NotAServer, ServerUnreachable, UsageError
 from split_llama.transport import failures
 from split_llama.transport.address import ServerAddress, authorization
+from split_llama.transport.trust import tls_context
 
 MAX_JSON_BYTES = 16 * 2**20
 
@@ -65,21 +69,46 @@ class ModelCard:
 
 
 class RestClient:
-    """Blocking HTTP client of one server; call it from worker threads. Redirects are not followed.
+    """Blocking HTTP client of a server; call it from worker threads. Redirects are not followed.
 
-    A server that says when to come back (it is still loading, or busy) is asked again for `retry_seconds`.
+    A server that says when to come back (it is still loading, or busy) is asked again for `retry_seconds`. Where none
+    answers at `url`, those of `fallbacks` are asked in turn, and `address` is the one that did.
     """
 
     def __init__(
-        self, url: str, api_key: str | None = None, *, timeout: float = 30.0, retry_seconds: float = 0.0
+        self,
+        url: str,
+        api_key: str | None = None,
+        *,
+        fallbacks: Sequence[str] = (),
+        ssl: ssl_module.SSLContext | None = None,
+        timeout: float = 30.0,
+        retry_seconds: float = 0.0,
     ) -> None:
-        self.address = ServerAddress.parse(url)
+        self._addresses = Addresses((url, *fallbacks))
         self._retry_seconds = retry_seconds
-        self._client = httpx.Client(
-            base_url=self.address.base,
-            headers={"User-Agent": "fl-llama", **authorization(api_key)},
-            timeout=httpx.Timeout(timeout, connect=10.0),
+        with failures.proxy_errors(self.address.base):
+            self._client = httpx.Client(
+                headers={"User-Agent": "fl-llama", **authorization(api_key)},
+                verify=ssl if ssl is not None else True,
+                timeout=httpx.Timeout(timeout, connect=10.0),
+            )
+
+    @classmethod
+    def of(cls, settings: EdgeSettings) -> RestClient:
+        """Make the client that the settings ask for. Raises `UsageError`."""
+        return cls(
+            settings.server_url(),
+            settings.api_key,
+            fallbacks=settings.fallback_server,
+            ssl=tls_context(settings.ca_certs),
+            retry_seconds=settings.reconnect_seconds,
         )
+
+    @property
+    def address(self) -> ServerAddress:
+        """The server that is asked now."""
+        return self._addresses.current
 
     def close(self) -> None:
         """Close idle connections."""
@@ -108,7 +137,7 @@ class RestClient:
         parameters = {"p": str(partition.p), "q": str(partition.q)}
         # Compressed bytes would make offsets meaningless.
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-        path = f"/v1/model/edge/files/{name}"
+        path = f"{self.address.base}/v1/model/edge/files/{name}"
         with self._translated(), self._client.stream("GET", path, params=parameters, headers=headers) as response:
             if response.status_code not in (200, 206):
                 raise self._refusal(response, response.read())
@@ -122,16 +151,29 @@ class RestClient:
         deadline = time.monotonic() + self._retry_seconds
         while True:
             try:
-                return self._json_once(path, parameters)
+                return self._json_somewhere(path, parameters)
             except FlLlamaError as error:
                 delay = error.retry_after_ms / 1000
                 if not delay or time.monotonic() + delay > deadline:
                     raise
                 time.sleep(delay)
 
+    def _json_somewhere(self, path: str, parameters: dict[str, str] | None) -> Any:
+        """Ask the current server, and the others where it is not there."""
+        failures: list[FlLlamaError] = []
+        order = self._addresses.round()
+        for address in order:
+            self._addresses.use(address)
+            try:
+                return self._json_once(path, parameters)
+            except ServerUnreachable as error:
+                failures.append(error)
+        self._addresses.use(order[0])
+        raise failures[0]
+
     def _json_once(self, path: str, parameters: dict[str, str] | None) -> Any:
         with self._translated():
-            response = self._client.get(path, params=parameters)
+            response = self._client.get(f"{self.address.base}{path}", params=parameters)
         if response.status_code != 200 or len(response.content) > MAX_JSON_BYTES:
             raise self._refusal(response, response.content)
         try:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from loadtest import proxy_command
 from loadtest.settings import SECTION, LoadSettings
 from split_llama.errors import FlLlamaError, UsageError
 from split_llama.extras import needs_extra
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command == "report":
             return _report(arguments["file"])
+        if command == "proxy":
+            return proxy_command.run(argparse.Namespace(**arguments))
         settings = load_settings(LoadSettings, SECTION, arguments).settings
         settings.validate()
         with needs_extra("loadtest"):
@@ -59,6 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(run, LoadSettings)
     report = commands.add_parser("report", help="print the table of a report that --json wrote", allow_abbrev=False)
     report.add_argument("file", type=Path, metavar="FILE")
+    proxy_command.add_arguments(
+        commands.add_parser(
+            "proxy", help="emulate a slow or broken link", description=proxy_command.DESCRIPTION, allow_abbrev=False
+        )
+    )
     return parser
 
 

@@ -109,6 +109,7 @@ class LoadSettings:
     check: bool = setting(True, "compare the server's counters with our own; a difference makes the exit code 1")
     model: str | None = _edge("model")
     api_key: str | None = _edge("api_key")
+    ca_certs: Path | None = _edge("ca_certs")
     transport: str = _edge("transport")
     reconnect_seconds: float = _edge("reconnect_seconds", default=10.0)
     partition: str = _edge("partition")
@@ -144,8 +145,8 @@ class LoadSettings:
     def edge(self) -> EdgeSettings:
         """Give the settings of an edge process."""
         own = {field.name for field in dataclasses.fields(self)}
-        # Lengths and seeds are per request here.
-        shared = (own & _EDGE.keys()) - {"max_new_tokens", "seed"}
+        # Lengths, seeds and deadlines are per request here.
+        shared = (own & _EDGE.keys()) - {"max_new_tokens", "seed", "request_timeout"}
         # One round trip per token: what a server carries is counted in steps.
         return EdgeSettings(speculate="off", **{name: getattr(self, name) for name in shared})
 
@@ -161,7 +162,11 @@ class LoadSettings:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> LoadSettings:
         """Rebuild what `to_json` gave."""
-        paths = {name: Path(values[name]) for name in ("prompts", "cache_dir", "state_dir") if values[name] is not None}
+        paths = {
+            name: Path(values[name])
+            for name in ("prompts", "ca_certs", "cache_dir", "state_dir")
+            if values[name] is not None
+        }
         return cls(**values | paths)
 
     def shown(self) -> dict[str, Any]:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import httpx
 
-from edge_client.link import CLIENT_NAME
+from edge_client.connector import CLIENT_NAME
 from edge_client.settings import EdgeSettings
 from split_llama.errors import NotAServer, ServerUnreachable
 from split_llama.transport import failures
 from split_llama.transport.address import ServerAddress, authorization
 from split_llama.transport.base import Channel, ChannelClosed, Transport
 from split_llama.transport.http import HttpTransport
+from split_llama.transport.trust import tls_context
 from split_llama.transport.websocket import WebSocketTransport
 from split_llama.wire.control import Hello, HelloReply, error_from_frame
 from split_llama.wire.frame import VERSION, Frame, Kind, split_message
@@ -54,8 +55,11 @@ async def greet(settings: EdgeSettings) -> Greeting:
 
 
 async def _connect(settings: EdgeSettings) -> Channel:
-    url, key = settings.server_url(), settings.api_key
-    transports: dict[str, Transport] = {"ws": WebSocketTransport(url, key), "http": HttpTransport(url, key)}
+    url, key, tls = settings.server_url(), settings.api_key, tls_context(settings.ca_certs)
+    transports: dict[str, Transport] = {
+        "ws": WebSocketTransport(url, key, ssl=tls),
+        "http": HttpTransport(url, key, ssl=tls),
+    }
     if settings.transport != "auto":
         return await transports[settings.transport].connect()
     try:
@@ -68,7 +72,11 @@ async def scrape(settings: EdgeSettings) -> str:
     """Read the server's `/metrics`. Raises `ServerUnreachable`, `NotAServer`."""
     address = ServerAddress.parse(settings.server_url())
     try:
-        async with httpx.AsyncClient(headers=authorization(settings.api_key), timeout=METRICS_SECONDS) as client:
+        async with httpx.AsyncClient(
+            headers=authorization(settings.api_key),
+            timeout=METRICS_SECONDS,
+            verify=tls_context(settings.ca_certs),
+        ) as client:
             response = await client.get(f"{address.base}/metrics")
     except httpx.HTTPError as error:
         raise failures.unreachable(address.base, error) from error

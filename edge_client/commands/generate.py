@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     from edge_client.rest import RestClient
 
     # Asked before torch is imported: a wrong address is told at once, not after seconds.
-    rest = RestClient(settings.server_url(), settings.api_key, retry_seconds=settings.reconnect_seconds)
+    rest = RestClient.of(settings)
     card = rest.model_card()
     rest.close()
     from edge_client.answer import Request, generate

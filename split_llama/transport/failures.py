@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import ssl
@@ -13,6 +14,7 @@ from split_llama.errors import (
     NotAServer,
     ServerUnreachable,
     Unauthenticated,
+    UsageError,
     all_errors,
     error_for_code,
 )
@@ -39,6 +41,15 @@ def unreachable(url: str, failure: BaseException) -> FlLlamaError:
         return ServerUnreachable(f"{url}: no answer in time; check the address, firewalls and proxy settings")
     detail = str(failure) or type(failure).__name__
     return ServerUnreachable(f"{url}: the connection failed ({detail}); check the network and proxy settings")
+
+
+@contextlib.contextmanager
+def proxy_errors(url: str) -> Iterator[None]:
+    """Turn what an HTTP client says at its making about the proxies of the environment into `UsageError`."""
+    try:
+        yield
+    except (ImportError, ValueError) as failure:
+        raise UsageError(f"{url}: the proxy of the environment cannot be used: {failure}") from failure
 
 
 def refused(url: str, status: int, content_type: str, body: bytes, retry_after: str = "") -> FlLlamaError:

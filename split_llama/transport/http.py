@@ -30,7 +30,8 @@ class HttpTransport:
     """Opens channels that POST to `url` (`http(s)://host:port[/root-path]`).
 
     `read_timeout` must exceed the 25 seconds a server may hold a request back; `poll_seconds` is how long a channel
-    stays idle before it asks. Proxies of the environment are honoured, redirects are not followed.
+    stays idle before it asks, and such a question is answered at once, or `poll_timeout` ends the channel. Proxies of
+    the environment are honoured, redirects are not followed.
     """
 
     url: str
@@ -38,33 +39,38 @@ class HttpTransport:
     ssl: ssl_module.SSLContext | None = None
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     connect_timeout: float = 10.0
-    read_timeout: float = 60.0
+    read_timeout: float = 40.0
     poll_seconds: float = 1.0
+    poll_timeout: float = 15.0
 
     async def connect(self) -> Channel:
         """Open a channel, after asking the server for its model. Raises as `WebSocketTransport.connect` does."""
         address = ServerAddress.parse(self.url)
-        client = httpx.AsyncClient(
-            headers={CONNECTION_HEADER: secrets.token_hex(16), **authorization(self.api_key)},
-            verify=self.ssl if self.ssl is not None else True,
-            timeout=httpx.Timeout(self.read_timeout, connect=self.connect_timeout),
-        )
+        with failures.proxy_errors(address.base):
+            client = httpx.AsyncClient(
+                headers={CONNECTION_HEADER: secrets.token_hex(16), **authorization(self.api_key)},
+                verify=self.ssl if self.ssl is not None else True,
+                timeout=httpx.Timeout(self.read_timeout, connect=self.connect_timeout),
+            )
         try:
-            await _request(client, "GET", f"{address.base}/v1/model", b"", "application/json")
+            await _request(client, "GET", f"{address.base}/v1/model", b"", "application/json", client.timeout)
         except BaseException:
             await client.aclose()
             raise
-        return HttpChannel(client, address.frames, self.max_body_bytes, self.poll_seconds)
+        return HttpChannel(client, address.frames, self.max_body_bytes, self.poll_seconds, self.poll_timeout)
 
 
 class HttpChannel:
     """A channel over a connection named by a header, with one request under way at a time."""
 
-    def __init__(self, client: httpx.AsyncClient, url: str, max_body_bytes: int, poll_seconds: float) -> None:
+    def __init__(
+        self, client: httpx.AsyncClient, url: str, max_body_bytes: int, poll_seconds: float, poll_timeout: float
+    ) -> None:
         self._client = client
         self._url = url
         self._max_body_bytes = max_body_bytes
         self._poll_seconds = poll_seconds
+        self._poll_timeout = httpx.Timeout(poll_timeout)
         self._outgoing = Pipe(QUEUED_MESSAGES)
         self._incoming = Pipe(QUEUED_MESSAGES)
         self._worker = asyncio.create_task(self._work(), name="http-channel")
@@ -90,7 +96,9 @@ class HttpChannel:
     async def _work(self) -> None:
         try:
             while True:
-                answer = await _request(self._client, "POST", self._url, await self._next_body(), FRAMES_TYPE)
+                body = await self._next_body()
+                patience = self._client.timeout if body else self._poll_timeout
+                answer = await _request(self._client, "POST", self._url, body, FRAMES_TYPE, patience)
                 if answer:
                     await self._incoming.put(answer)
         except ChannelClosed as closed:
@@ -113,11 +121,12 @@ class HttpChannel:
         self._incoming.close(code, reason, cause)
 
 
-async def _request(client: httpx.AsyncClient, method: str, url: str, body: bytes, expected_type: str) -> bytes:
+async def _request(
+    client: httpx.AsyncClient, method: str, url: str, body: bytes, expected_type: str, patience: httpx.Timeout
+) -> bytes:
+    headers = {"Content-Type": FRAMES_TYPE} if body else {}
     try:
-        response = await client.request(
-            method, url, content=body, headers={"Content-Type": FRAMES_TYPE} if body else {}
-        )
+        response = await client.request(method, url, content=body, headers=headers, timeout=patience)
     except httpx.RequestError as failure:
         raise failures.unreachable(url, failure) from failure
     content_type = response.headers.get("Content-Type", "")

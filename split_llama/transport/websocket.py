@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import ssl as ssl_module
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +23,9 @@ from websockets.exceptions import (
 from split_llama.errors import FlLlamaError, NotAServer, UsageError
 from split_llama.transport import failures
 from split_llama.transport.address import ServerAddress, authorization
+from split_llama.transport.backlog import backlog, keep_unsent_short
 from split_llama.transport.base import LINK_LOST, NORMAL_CLOSE, Channel, ChannelClosed, short_reason
+from split_llama.transport.liveness import Liveness, Verdict
 
 DEFAULT_MAX_MESSAGE_BYTES = 16 * 2**20
 # Codes this side sends because of what the peer did (RFC 6455, section 7.4.1): they tell more than "link lost".
@@ -32,7 +37,8 @@ class WebSocketTransport:
     """Opens WebSockets to `url` (`http(s)://host:port[/root-path]`).
 
     `ssl` replaces the default context of https; proxies of the environment are honoured; redirects are not followed,
-    since hidden states go where the user said and nowhere else. Times are seconds.
+    since hidden states go where the user said and nowhere else. Times are seconds. After `quiet_seconds` without a sign
+    of life the server is pinged; a link that stays silent for `pong_seconds` more is given up as lost.
     """
 
     url: str
@@ -40,8 +46,8 @@ class WebSocketTransport:
     ssl: ssl_module.SSLContext | None = None
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
     open_timeout: float = 10.0
-    ping_interval: float = 20.0
-    ping_timeout: float = 20.0
+    quiet_seconds: float = 10.0
+    pong_seconds: float = 5.0
     close_timeout: float = 2.0
 
     async def connect(self) -> Channel:
@@ -56,39 +62,81 @@ class WebSocketTransport:
                 compression=None,
                 max_size=self.max_message_bytes,
                 open_timeout=self.open_timeout,
-                ping_interval=self.ping_interval,
-                ping_timeout=self.ping_timeout,
+                # Its own pings take a slow line for a dead one: see `Liveness`.
+                ping_interval=None,
                 close_timeout=self.close_timeout,
+                create_connection=_Connection,
                 **tls,
             )
         except (OSError, InvalidHandshake, InvalidProxy, InvalidURI, EOFError, ImportError) as failure:
             raise _explain(address.base, failure) from failure
-        return WebSocketChannel(connection)
+        assert isinstance(connection, _Connection)
+        keep_unsent_short(connection.transport)
+        return WebSocketChannel(connection, self.quiet_seconds, self.pong_seconds)
 
 
 class WebSocketChannel:
     """A channel over an open WebSocket of the `websockets` library."""
 
-    def __init__(self, connection: ClientConnection) -> None:
+    def __init__(self, connection: _Connection, quiet_seconds: float, pong_seconds: float) -> None:
         self._connection = connection
+        self._loop = asyncio.get_running_loop()
+        self._liveness = Liveness(quiet_seconds, pong_seconds, self._loop.time())
+        self._silence: str | None = None
+        self._watcher = self._loop.create_task(self._watch(), name="websocket-watcher")
+        connection.hears = lambda: self._liveness.heard(self._loop.time())
 
     async def send(self, message: bytes) -> None:
         """Send one binary message; waits while the socket's buffer is full."""
         try:
             await self._connection.send(message)
         except ConnectionClosed as closed:
-            raise _closed(closed) from closed
+            raise self._closed(closed) from closed
 
     async def receive(self) -> bytes:
         """Give the next message; a text message is given as its bytes, which are no frame."""
         try:
             return await self._connection.recv(decode=False)
         except ConnectionClosed as closed:
-            raise _closed(closed) from closed
+            raise self._closed(closed) from closed
 
     async def close(self, code: int = NORMAL_CLOSE, reason: str = "") -> None:
         """Close with the handshake of RFC 6455; waits `close_timeout` at most."""
+        self._watcher.cancel()
         await self._connection.close(code, short_reason(reason))
+
+    async def _watch(self) -> None:
+        """Ping when it is too quiet; break off when nothing comes back."""
+        silent_for = self._liveness.quiet + self._liveness.patience
+        while (verdict := self._liveness.look(self._loop.time(), backlog(self._connection.transport))) != Verdict.DEAD:
+            if verdict is Verdict.PING:
+                # It waits for room in the buffer, and on a dead link there may be none.
+                with contextlib.suppress(TimeoutError, ConnectionClosed):
+                    async with asyncio.timeout(self._liveness.interval):
+                        await self._connection.ping()
+            await asyncio.sleep(self._liveness.interval)
+        self._silence = f"nothing came from the server for {silent_for:.0f} seconds, not even the answer to a ping"
+        self._connection.transport.abort()
+
+    def _closed(self, closed: ConnectionClosed) -> ChannelClosed:
+        self._watcher.cancel()
+        if closed.rcvd is not None:
+            return ChannelClosed(closed.rcvd.code, closed.rcvd.reason)
+        if closed.sent is not None and closed.sent.code in _PEER_FAULTS:
+            return ChannelClosed(closed.sent.code, closed.sent.reason)
+        lost = closed.sent.reason if closed.sent is not None else "the connection was lost"
+        return ChannelClosed(LINK_LOST, self._silence or lost)
+
+
+class _Connection(ClientConnection):
+    """Tells when bytes come, before they make a message."""
+
+    hears: Callable[[], None] | None = None
+
+    def data_received(self, data: bytes) -> None:
+        if self.hears is not None:
+            self.hears()
+        super().data_received(data)
 
 
 class _Connect(connect):
@@ -112,11 +160,3 @@ def _explain(url: str, failure: BaseException) -> FlLlamaError:
     if isinstance(failure, InvalidHandshake | InvalidURI):
         return NotAServer(f"{url} accepts no WebSocket as a split-server does: {failure}")
     return failures.unreachable(url, failure)
-
-
-def _closed(closed: ConnectionClosed) -> ChannelClosed:
-    if closed.rcvd is not None:
-        return ChannelClosed(closed.rcvd.code, closed.rcvd.reason)
-    if closed.sent is not None and closed.sent.code in _PEER_FAULTS:
-        return ChannelClosed(closed.sent.code, closed.sent.reason)
-    return ChannelClosed(LINK_LOST, closed.sent.reason if closed.sent is not None else "the connection was lost")

@@ -114,6 +114,11 @@ class ServerProcess:
             self._process.wait()
             self._process = None
 
+    def stop(self) -> None:
+        """As by Ctrl-C: the server ends in order."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGINT)
+
     def sessions(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = httpx.get(f"{self.url}/v1/sessions", timeout=5).json()["data"]
         return found
