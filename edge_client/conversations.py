@@ -73,6 +73,11 @@ class Conversations:
             sessions[0].carry(trunk.stats)
             yield sessions
 
+    def give_up_one(self) -> None:
+        """Close what was unused longest: somebody else needs the room."""
+        if self._parked:
+            self._close_soon(self._parked.pop(0))
+
     async def clear(self) -> None:
         """Close all that is parked, and wait for whatever is being closed."""
         parked, self._parked = self._parked, []

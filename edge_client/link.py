@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from collections.abc import Callable
 
 from edge_client.connector import Connector, may_pass
 from edge_client.outbox import Outbox
@@ -22,8 +23,11 @@ LONGEST_BACKOFF = 3.0
 
 
 class ServerLink:
-    """Use as `async with ServerLink(connector, ...) as link`. A lost link is retried for `reconnect_seconds`, then
-    every session fails with `ServerUnreachable`. Where a server says that a session moved, all of them follow.
+    """Use as `async with ServerLink(connector, ...) as link`. Where a server says that a session moved, all follow.
+
+    A lost link is retried. After `reconnect_seconds` without one every session fails with `ServerUnreachable`, and so
+    does `open`, until a server answers again. `on_refusal` hears of sessions that a server has no room for: whoever
+    keeps others without need can close some.
     """
 
     def __init__(self, connector: Connector, *, reconnect_seconds: float = 60.0) -> None:
@@ -37,6 +41,12 @@ class ServerLink:
         self._moved = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._error: FlLlamaError | None = None
+        self.on_refusal: Callable[[], None] = lambda: None
+
+    @property
+    def error(self) -> FlLlamaError | None:
+        """Why no session can be opened, if that is so."""
+        return self._error
 
     @property
     def hello(self) -> HelloReply:
@@ -74,7 +84,7 @@ class ServerLink:
 
     def _start(self, state: SessionState) -> RemoteSession:
         self._next_handle += 1
-        session = RemoteSession(state, self._reconnect_seconds, self._kick, self._redirect)
+        session = RemoteSession(state, self._reconnect_seconds, self._kick, self._redirect, lambda: self.on_refusal())
         self._sessions[self._next_handle] = session
         self._attach(self._next_handle, session)
         self._kick(session)
@@ -109,6 +119,7 @@ class ServerLink:
                     raise lost
                 moves = self._take_move()
                 channel = await self._reconnect(lost, 0.0 if moves else FIRST_BACKOFF)
+                self._error = None
                 for handle, session in self._sessions.items():
                     self._attach(handle, session)
                     self._kick(session)
@@ -123,6 +134,7 @@ class ServerLink:
         self._error = error
         for session in self._sessions.values():
             session.fail(error)
+        self._sessions.clear()
 
     def _take_move(self) -> bool:
         """Say whether a server named another one, which is asked next."""
@@ -133,15 +145,19 @@ class ServerLink:
         return address is not None
 
     async def _reconnect(self, lost: FlLlamaError, backoff: float) -> Channel:
+        """Connect, however long it takes; nobody is kept waiting for longer than `reconnect_seconds`."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._reconnect_seconds
         while True:
             delay = backoff * random.uniform(0.5, 1.5)
-            if loop.time() + delay > deadline:
-                raise ServerUnreachable(
-                    f"the server was lost and did not come back within {self._reconnect_seconds:.0f} seconds "
-                    f"({lost.message})"
-                ) from lost
+            if self._error is None and loop.time() + delay > deadline:
+                self._fail(
+                    ServerUnreachable(
+                        f"the server was lost and did not come back within {self._reconnect_seconds:.0f} seconds "
+                        f"({lost.message})",
+                        retry_after_ms=int(LONGEST_BACKOFF * 1000),
+                    )
+                )
             await asyncio.sleep(delay)
             backoff = min(max(backoff * 2, FIRST_BACKOFF), LONGEST_BACKOFF)
             try:

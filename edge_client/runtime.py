@@ -50,7 +50,7 @@ from edge_client.weights import Progress
 from edge_client.work import LocalSession, PhaseTimes
 from edge_client.worker import EdgeWorker
 from split_llama.checkpoint import Checkpoint
-from split_llama.errors import ContextExceeded, UsageError
+from split_llama.errors import ContextExceeded, FlLlamaError, UsageError
 from split_llama.load import parse_device, parse_dtype, set_up_cpu
 from split_llama.noise import NoiseScope, NoiseSpec, PrefixNoise, calibrate_clip
 from split_llama.products import Numerics
@@ -86,6 +86,8 @@ class EdgeRuntime:
             self._open, self._fork, self._close, most_sessions=max_sessions, most_tokens=max_sessions * self.max_length
         )
 
+        link.on_refusal = self.conversations.give_up_one
+
     @classmethod
     @contextlib.asynccontextmanager
     async def connect(
@@ -115,6 +117,11 @@ class EdgeRuntime:
                     await learner.close()
                 await runtime.conversations.clear()
                 await runtime._worker.close()
+
+    @property
+    def link_error(self) -> FlLlamaError | None:
+        """Why no answer can be made at the moment, if that is so: the server was lost."""
+        return self._link.error
 
     @property
     def rows_released(self) -> int:

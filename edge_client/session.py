@@ -30,7 +30,7 @@ class RemoteSession:
 
     `bytes_up` and `bytes_down` count this session's frames, headers included (not the transport's own framing).
     `answered_at` is when the last answer came, in seconds of `time.perf_counter`. `redirect` is told the address of the
-    server that this one names in its place.
+    server that this one names in its place; `refused` hears that the server has no room for now.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class RemoteSession:
         deadline: float,
         kick: Callable[[RemoteSession], None],
         redirect: Callable[[str], None],
+        refused: Callable[[], None],
     ) -> None:
         self.state = state
         self.bytes_up = 0
@@ -47,6 +48,7 @@ class RemoteSession:
         self.answered_at = 0.0
         self._kick = kick
         self._redirect = redirect
+        self._refused = refused
         self._answers: deque[Answer] = deque()
         self._changed = asyncio.Event()
         self._error: FlLlamaError | None = None
@@ -125,6 +127,7 @@ class RemoteSession:
                     self._refused_since = None
                     self._answers.append(event)
                 case Retry(delay_ms, refusal):
+                    self._refused()
                     self._schedule_retry(delay_ms / 1000, refusal)
                 case Failed(failure):
                     self._error = failure

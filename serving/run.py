@@ -29,6 +29,8 @@ LINGER_SECONDS = 3
 MAX_HEADER_BYTES = 64 * 1024
 FORCED_EXIT = 130
 PING_SECONDS = 20.0
+# A pong may wait behind a long prompt on a slow uplink.
+PONG_SECONDS = 60.0
 WS_MAX_BYTES = 2 * 2**20
 GOODBYE_SECONDS = 4.0
 # uvicorn logs this as an error whenever a WebSocket handshake is refused with a proper HTTP answer.
@@ -90,7 +92,7 @@ def make_config(core: Core) -> uvicorn.Config:
         ws_per_message_deflate=False,
         ws_max_size=WS_MAX_BYTES,
         ws_ping_interval=PING_SECONDS,
-        ws_ping_timeout=PING_SECONDS,
+        ws_ping_timeout=PONG_SECONDS,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_graceful_shutdown=LINGER_SECONDS,
         ssl_certfile=settings.ssl_certfile,

@@ -111,8 +111,10 @@ def _others(service: AnswerService) -> APIRouter:
     async def tokenizer_info() -> Response:
         return json_response(await in_thread(lambda: describe_tokenizer(service)))
 
-    @router.get("/health", tags=["health"], summary="The process is alive")
+    @router.get("/health", tags=["health"], summary="The gateway can answer; 503 while its server is lost")
     async def health() -> dict[str, Any]:
+        if service.edge.link_error is not None:
+            raise service.edge.link_error
         return {"status": "ok"}
 
     @router.get("/version", tags=["health"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from edge_client.conversations import LEAST_SHARED, Conversations
 from edge_client.generate import EdgeSession
 from edge_client.runtime import EdgeRuntime
+from split_llama.errors import ServerUnreachable
 from tests.conftest import TinyCheckpoint
 from tests.edge_client.conftest import MakeSettings, ServeModel, ServerProcess
 
@@ -172,6 +174,42 @@ async def test_a_conversation_survives_its_server(
             assert second == await fresh(edge, following)
     finally:
         server.kill()
+
+
+async def test_a_server_that_comes_back_late_is_used_again(
+    tiny_checkpoint: TinyCheckpoint, edge_settings: MakeSettings
+) -> None:
+    server = ServerProcess(tiny_checkpoint(max_positions=512))
+    try:
+        server.start()
+        async with EdgeRuntime.connect(edge_settings(server.url, reconnect_seconds=0.5), max_sessions=4) as edge:
+            first, _ = await say(edge, PROMPT)
+            server.kill()
+            with pytest.raises(ServerUnreachable) as lost:
+                await say(edge, [*PROMPT, *first, 7])
+            assert lost.value.retry_after_ms > 0
+            assert edge.link_error is not None
+            server.start()
+            async with asyncio.timeout(20):
+                while edge.link_error is not None:  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            second, _ = await say(edge, [*PROMPT, *first, 7])
+            assert second == await fresh(edge, [*PROMPT, *first, 7])
+    finally:
+        server.kill()
+
+
+async def test_parked_sessions_make_room_on_the_server(
+    tiny_checkpoint: TinyCheckpoint, serve_model: ServeModel, edge_settings: MakeSettings
+) -> None:
+    async with (
+        serve_model(tiny_checkpoint(max_positions=512), max_sessions=3) as url,
+        EdgeRuntime.connect(edge_settings(url), max_sessions=8) as edge,
+    ):
+        for question in range(5):
+            tokens, _ = await say(edge, [1, *([20 + question] * 40)])
+            assert len(tokens) == 10
+        assert len(edge.conversations) <= 3
 
 
 class Room:
