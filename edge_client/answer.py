@@ -43,10 +43,10 @@ def generate(settings: EdgeSettings, request: Request, card: ModelCard) -> None:
 
 async def _generate(settings: EdgeSettings, request: Request, card: ModelCard, prompt: str) -> None:
     notify = _notifier(request.quiet)
-    with _progress_bar(request.quiet) as progress:
+    with progress_bar(request.quiet) as progress:
         source = await in_thread(lambda: prepare(settings, card=card, progress=progress, notify=notify))
         async with EdgeRuntime.connect(settings, source=source) as edge:
-            notify(_describe_noise(settings, edge.noise))
+            notify(describe_noise(settings, edge.noise))
             ids = _tokenise(edge, request, prompt)
             params = edge.params(
                 max_new_tokens=settings.max_new_tokens,
@@ -98,7 +98,7 @@ def _notifier(quiet: bool) -> Callable[[str], None]:
 
 
 @contextmanager
-def _progress_bar(quiet: bool) -> Iterator[Progress]:
+def progress_bar(quiet: bool) -> Iterator[Progress]:
     with tqdm(unit="B", unit_scale=True, desc="fetching weights", delay=0.3, leave=False, disable=quiet or None) as bar:
 
         def progress(present: int, total: int) -> None:
@@ -108,9 +108,11 @@ def _progress_bar(quiet: bool) -> Iterator[Progress]:
         yield progress
 
 
-def _describe_noise(settings: EdgeSettings, spec: NoiseSpec) -> str:
+def describe_noise(settings: EdgeSettings, spec: NoiseSpec) -> str:
     if not spec.is_on:
         return "noise: off, rows are sent as they are"
+    if spec.plugin:
+        return f"noise: {spec.plugin}, your own; what it protects is yours to know (docs/python-api.md)"
     return (
         f"noise: standard deviation {spec.sigma:.4g} on every value ({settings.noise}), rows clipped to norm "
         f"{spec.clip:.4g}; this raises an attacker's cost and is no proof of privacy (docs/privacy.md)"
@@ -144,6 +146,6 @@ def _report(text: str, turn: Turn, stats: GenerationStats, edge: EdgeRuntime) ->
         "guesses": stats.drafted,
         "guesses_right": stats.accepted,
         "partition": str(edge.source.partition),
-        "noise_sigma": edge.noise.sigma,
+        "noise_sigma": None if edge.noise.plugin else edge.noise.sigma,
     }
     return json.dumps(report, ensure_ascii=False)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from edge_client.draft import NO_GUESSES, Decision, Draft
+from edge_client.plugins import make_plugin
 from edge_client.speculation.drafter import Drafter
 from edge_client.step_log import EncodedRows
 from edge_client.work import Encoded, Fed, LocalSession, PhaseTimes, Work, WorkResult
@@ -26,7 +27,16 @@ from split_llama.engine.plan import SequenceRun
 from split_llama.engine.sequence import Sequence as Positions
 from split_llama.errors import FlLlamaError, ServerFault
 from split_llama.load import load_embedding, load_packed_head, load_packed_segment
-from split_llama.noise import Accountant, NoiseChain, NoiseSpec, PrefixNoise, apply, count_exact_rows
+from split_llama.noise import (
+    Accountant,
+    NoiseChain,
+    NoiseSpec,
+    PrefixNoise,
+    RowNoise,
+    apply,
+    apply_plugin,
+    count_exact_rows,
+)
 from split_llama.products import Numerics
 from split_llama.wire.codec import Codec, decode_rows, encode_rows
 
@@ -66,6 +76,7 @@ class EdgeModel:
         self._dtype, self._device = numerics.compute, numerics.device
         self._spec = NoiseSpec(0.0)
         self._noise: PrefixNoise | None = None
+        self._own_noise: RowNoise | None = None
         self.accountant = Accountant()
         self.drafter: Drafter | None = None
         self.times = PhaseTimes()
@@ -90,7 +101,11 @@ class EdgeModel:
         return LocalSession(a, c, NoiseChain(self._noise) if self._noise is not None else None)
 
     def use_noise(self, spec: NoiseSpec, noise: PrefixNoise) -> None:
-        """Add this noise to every row of sessions opened from now on, but for a public first row."""
+        """Add this noise to every row of sessions opened from now on, but for a public first row.
+
+        Raises `UsageError` for a plug-in that cannot be made.
+        """
+        self._own_noise = make_plugin("noise", spec.plugin, "rows") if spec.plugin else None
         self._spec, self._noise = spec, noise if spec.is_on else None
 
     @torch.inference_mode()
@@ -232,7 +247,10 @@ class EdgeModel:
         if session.noise is not None:
             digests = feed.extend_noise(session.noise)
             self.accountant.charge(digests[public:])
-            states = apply(self._spec, states, session.noise.unit_rows(digests), public)
+            if self._own_noise is not None:
+                states = apply_plugin(self._own_noise, self._spec.plugin, states, digests, public)
+            else:
+                states = apply(self._spec, states, session.noise.unit_rows(digests), public)
         rows = states.numpy()
         if public and self.codec is not Codec.FP32:
             exact = Encoded(0, EncodedRows(Codec.FP32, 1, encode_rows(Codec.FP32, rows[:1])))
@@ -261,11 +279,11 @@ class EdgeModel:
         begin = [] if self.bos_token_id is None else [self.bos_token_id]
         norms = []
         for token in tokens:
-            states = self._bare_states([*begin, token])
+            states = self.bare_states([*begin, token])
             norms.append(states[len(begin) :].norm(dim=-1))
         return torch.cat(norms).numpy()
 
-    def _bare_states(self, tokens: Sequence[int]) -> Tensor:
+    def bare_states(self, tokens: Sequence[int]) -> Tensor:
         states: Tensor = self.embedding(torch.tensor(tokens, device=self._device))
         if self._a is not None:
             sequence = self._a.sequence(self._a.blocks, len(tokens))

@@ -43,8 +43,8 @@ def find_model(
     Raises `ModelMismatch` (own copy), `PinMismatch` (the server's slice changed), and what fetching raises.
     """
     settings.check()
-    partition = Partition.parse(settings.partition)
     card = card or rest.model_card()
+    partition = _partition(settings, rest, card, notify)
     blocks = card.check_partition(partition)
     offer = ask_offer(rest, partition, card.geometry)
     if settings.model is not None:
@@ -56,6 +56,14 @@ def find_model(
         folder = fetch_slice(rest, offer, settings.caches(), progress)
         _check_slice(folder, partition, offer)
     return ModelSource(folder, card, offer, partition, blocks)
+
+
+def _partition(settings: EdgeSettings, rest: RestClient, card: ModelCard, notify: Callable[[str], None]) -> Partition:
+    if settings.partition != "auto":
+        return Partition.parse(settings.partition)
+    from edge_client.planning.auto import resolve_partition  # it measures, and so imports torch
+
+    return resolve_partition(settings, rest, card, notify)
 
 
 def _own_copy(model: str, partition: Partition, offer: Offer, cache: Path, notify: Callable[[str], None]) -> Path:

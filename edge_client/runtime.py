@@ -76,9 +76,9 @@ class EdgeRuntime:
         self.tokenizer = EdgeTokenizer.open(source.folder)
         self.max_length = min(source.card.max_model_len, model.config.max_position_embeddings)
         self.defaults = model.defaults
-        self._model = model
+        self.model = model
         self._link = link
-        self._worker = EdgeWorker(model)
+        self.worker = EdgeWorker(model)
         self._next_pace = next_pace
         self._pace: Pace | None = None
         self._learner = learner
@@ -116,7 +116,7 @@ class EdgeRuntime:
                 if learner is not None:
                     await learner.close()
                 await runtime.conversations.clear()
-                await runtime._worker.close()
+                await runtime.worker.close()
 
     @property
     def link_error(self) -> FlLlamaError | None:
@@ -126,12 +126,12 @@ class EdgeRuntime:
     @property
     def rows_released(self) -> int:
         """Distinct noised rows sent by this process; 0 with noise off, when nothing keeps rows apart."""
-        return self._model.accountant.rows
+        return self.model.accountant.rows
 
     @property
     def times(self) -> PhaseTimes:
         """Seconds that this edge has computed so far, by phase."""
-        return self._model.times
+        return self.model.times
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[EdgeSession]:
@@ -162,12 +162,12 @@ class EdgeRuntime:
             weights=source.offer.manifest.digest,
             tokenizer=source.offer.manifest.tokenizer_digest,
         )
-        return self._session(self._model.open(self.max_length), self._link.open(opening), ())
+        return self._session(self.model.open(self.max_length), self._link.open(opening), ())
 
     async def _fork(self, parent: EdgeSession, at: int) -> EdgeSession:
         tokens = parent.tokens[:at]
         remote = self._link.fork(parent.remote, at)
-        local = await self._worker.ask(lambda: parent.local.fork(at))
+        local = await self.worker.ask(lambda: parent.local.fork(at))
         return self._session(local, remote, tokens)
 
     def _session(self, local: LocalSession, remote: RemoteSession, tokens: Sequence[int]) -> EdgeSession:
@@ -176,9 +176,9 @@ class EdgeRuntime:
         return EdgeSession(
             local,
             remote,
-            self._worker,
+            self.worker,
             all_rows=self.source.partition.q > 0,
-            codec=self._model.codec,
+            codec=self.model.codec,
             max_length=self.max_length,
             pace=self._pace,
             tokens=tokens,
@@ -186,7 +186,7 @@ class EdgeRuntime:
         )
 
     async def _close(self, session: EdgeSession) -> None:
-        self._worker.call(session.local.free)
+        self.worker.call(session.local.free)
         await self._link.close(session.remote)
 
     async def generate(self, prompt_ids: Sequence[int], params: GenerationParams) -> AsyncIterator[TokenEvent]:
@@ -211,7 +211,7 @@ class EdgeRuntime:
         """Start an answer. Raises `ContextExceeded` for a prompt without room for one token, `UsageError` for none."""
         if not prompt_ids:
             raise UsageError("the prompt is empty, and this model has no BOS token to begin with; give some text")
-        vocabulary = self._model.config.vocab_size
+        vocabulary = self.model.config.vocab_size
         if not all(0 <= token < vocabulary for token in prompt_ids):
             raise UsageError(f"the prompt has token ids outside the model's vocabulary of {vocabulary}")
         if len(prompt_ids) >= self.max_length:
@@ -286,10 +286,10 @@ def _context(source: ModelSource) -> int:
 
 def _noise(settings: EdgeSettings, source: ModelSource, model: EdgeModel, dtype: str) -> NoiseSpec:
     spec = NoiseSpec.parse(settings.noise)
-    if not spec.is_on:
-        return spec
-    if settings.clip != "auto":
+    if spec.is_on and settings.clip != "auto":
         return dataclasses.replace(spec, clip=float(settings.clip))
+    if not spec.sigma:
+        return spec
     path = settings.caches() / "clip" / f"{source.offer.manifest.digest[:32]}-{dtype}"
     if path.is_file():
         with contextlib.suppress(ValueError):

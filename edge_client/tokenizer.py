@@ -57,9 +57,9 @@ class EdgeTokenizer:
             raise UsageError(f"the prompt is no valid text at character {error.start}: was it UTF-8?") from None
         return list(self._backend.encode(text, add_special_tokens=special_tokens).ids)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Give the text of `ids` without special tokens."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=True))
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Give the text of `ids`, without special tokens unless they are wanted."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def token_id(self, token: str) -> int | None:
         """Give the id of a token by its text."""

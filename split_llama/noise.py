@@ -7,6 +7,9 @@ away; a rejected draft has other noise because its prefix differs.
 
 The setting is part of the function because two releases of one row with the same unit noise at two strengths (or with
 two clip norms) are two equations that give the row exactly.
+
+A user's own noise (`RowNoise`, a plug-in) takes the place of clipping and Gaussian noise, not of what is around them:
+which rows are public, the chain of digests and the counting stay as they are.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,41 +40,50 @@ Floats = npt.NDArray[np.float32]
 class NoiseSpec:
     """Strength of the noise: `sigma`, the standard deviation per coordinate, and `clip`, the largest norm of a row.
 
-    `sigma` 0 is off, and then nothing is clipped either. Raises `UsageError` on negative or non-finite values.
+    `sigma` 0 is off, and then nothing is clipped either; unless `plugin` names a `RowNoise` as `module:Class`, which
+    has neither. Raises `UsageError` on negative or non-finite values.
     """
 
     sigma: float
     clip: float | None = None
+    plugin: str = ""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.sigma) and self.sigma >= 0):
             raise UsageError(f"noise must be a finite number of at least 0, {self.sigma} came")
         if self.clip is not None and not (math.isfinite(self.clip) and self.clip > 0):
             raise UsageError(f"the clip norm must be a finite number above 0, {self.clip} came")
+        if self.plugin and (self.sigma or self.clip is not None):
+            raise UsageError("a noise plug-in does its own clipping: give no clip norm with it")
         if not self.is_on and self.clip is not None:
             raise UsageError("noise 0 switches clipping off too: give no clip norm with it")
 
     @classmethod
     def parse(cls, text: str) -> NoiseSpec:
-        """Read `--noise`: `0.02` is sigma; `mean-abs=0.02` is the mean absolute value, as arXiv 2505.15683 states it.
+        """Read `--noise`: `0.02` is sigma; `mean-abs=0.02` is the mean absolute value, as arXiv 2505.15683 states it;
+        `module:Class` is a plug-in.
 
         A Gaussian's mean absolute value is `sigma * sqrt(2 / pi)`. Raises `UsageError`.
         """
+        if ":" in text:
+            return cls(0.0, plugin=text.strip())
         number = text.strip().removeprefix(MEAN_ABS)
         try:
             value = float(number)
         except ValueError:
-            raise UsageError(f"cannot read noise {text!r}: expected a number such as 0.02, or mean-abs=0.02") from None
+            raise UsageError(
+                f"cannot read noise {text!r}: expected a number such as 0.02, mean-abs=0.02, or a plug-in module:Class"
+            ) from None
         return cls(value * math.sqrt(math.pi / 2) if number != text.strip() else value)
 
     @property
     def is_on(self) -> bool:
         """Whether rows are changed at all."""
-        return self.sigma > 0
+        return self.sigma > 0 or bool(self.plugin)
 
     def with_clip(self, limit: float) -> NoiseSpec:
-        """Give this setting with a clip norm; unchanged when the noise is off."""
-        return replace(self, clip=limit) if self.is_on else self
+        """Give this setting with a clip norm; unchanged when the noise is off or does its own clipping."""
+        return replace(self, clip=limit) if self.sigma > 0 else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +104,21 @@ class NoiseScope:
         """Give one unambiguous byte string for the scope."""
         blocks = [self.blocks.start, self.blocks.stop]
         fields = [self.model, self.adapter, blocks, self.width, self.spec.sigma, self.spec.clip]
+        if self.spec.plugin:
+            fields.append(self.spec.plugin)
         return json.dumps(fields, separators=(",", ":")).encode()
+
+
+class RowNoise(Protocol):
+    """A user's own noise; `docs/python-api.md` says what it has to keep.
+
+    Rows with one digest have one prefix, hence one state, and must get one result: whatever is random in it has to come
+    from the digest (`normal_rows` does), never from a generator of its own.
+    """
+
+    def rows(self, states: torch.Tensor, digests: Sequence[bytes]) -> torch.Tensor:
+        """Give what is sent for `states` `[n, d]` float32, finite and of that shape; `digests` has 32 bytes per row."""
+        ...
 
 
 class PrefixNoise:
@@ -120,21 +147,26 @@ class PrefixNoise:
 
     def unit_rows(self, digests: Sequence[bytes]) -> Floats:
         """Give standard normal noise `[len(digests), width]` float32, row by row a function of its digest."""
-        pairs = -(-self.width // 2)
-        stream = b"".join(hashlib.shake_256(digest).digest(pairs * 16) for digest in digests)
-        words = np.frombuffer(stream, "<u8").reshape(len(digests), 2, pairs)
-        uniform = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        # Box-Muller; 1 - u lies in (0, 1], where the logarithm is finite.
-        radius = np.sqrt(-2 * np.log1p(-uniform[:, 0]))
-        angle = 2 * np.pi * uniform[:, 1]
-        normal = np.concatenate((radius * np.cos(angle), radius * np.sin(angle)), axis=1)
-        return normal[:, : self.width].astype(np.float32)
+        return normal_rows(digests, self.width)
 
     def rows(self, tokens: Sequence[int], first: int) -> Floats:
         """Give the unit noise of positions `first`.. of a whole token sequence."""
         chain = NoiseChain(self)
         chain.append(tokens)
         return chain.rows(first)
+
+
+def normal_rows(digests: Sequence[bytes], width: int) -> Floats:
+    """Give standard normal numbers `[len(digests), width]` float32, row by row a function of its digest."""
+    pairs = -(-width // 2)
+    stream = b"".join(hashlib.shake_256(digest).digest(pairs * 16) for digest in digests)
+    words = np.frombuffer(stream, "<u8").reshape(len(digests), 2, pairs)
+    uniform = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    # Box-Muller; 1 - u lies in (0, 1], where the logarithm is finite.
+    radius = np.sqrt(-2 * np.log1p(-uniform[:, 0]))
+    angle = 2 * np.pi * uniform[:, 1]
+    normal = np.concatenate((radius * np.cos(angle), radius * np.sin(angle)), axis=1)
+    return normal[:, :width].astype(np.float32)
 
 
 class NoiseChain:
@@ -245,6 +277,7 @@ def apply(
 
     `unit_noise` `[n, d]` has a row for the exact ones too (it is not used). Gradients pass through to `states`.
     """
+    assert not spec.plugin, "a plug-in's rows come from apply_plugin"
     states = states.float()
     if not spec.is_on:
         return states
@@ -253,3 +286,29 @@ def apply(
         free = clip_rows(free, spec.clip)
     noise = torch.as_tensor(unit_noise)[exact_rows:].to(free)
     return torch.cat((states[:exact_rows], free + spec.sigma * noise))
+
+
+def apply_plugin(
+    noise: RowNoise, name: str, states: torch.Tensor, digests: Sequence[bytes], exact_rows: int = 0
+) -> torch.Tensor:
+    """Give `states` `[n, d]` as a plug-in wants them sent; the first `exact_rows` rows stay as they are.
+
+    Raises `UsageError` for anything but finite float32 rows of the same shape: nothing is sent then.
+    """
+    states = states.float()
+    free = states[exact_rows:]
+    if not len(free):
+        return states
+    # A copy: what the plug-in does to its argument is its own affair.
+    try:
+        rows = noise.rows(free.clone(), list(digests[exact_rows:]))
+    except Exception as error:
+        raise UsageError(f"the noise {name!r} failed, and nothing was sent: {type(error).__name__}: {error}") from error
+    if not isinstance(rows, torch.Tensor) or rows.shape != free.shape or rows.dtype != torch.float32:
+        got = f"{list(rows.shape)} {rows.dtype}" if isinstance(rows, torch.Tensor) else type(rows).__name__
+        raise UsageError(
+            f"the noise {name!r} gave {got}; float32 rows {list(free.shape)} were expected, and nothing was sent"
+        )
+    if not bool(torch.isfinite(rows).all()):
+        raise UsageError(f"the noise {name!r} gave values that are not finite, and nothing was sent")
+    return torch.cat((states[:exact_rows], rows.detach().to(states)))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from edge_client.plugins import make_plugin
 from edge_client.speculation.combined import CombinedDrafter
 from edge_client.speculation.drafter import Drafter
 from edge_client.speculation.head_drafter import HeadDrafter
@@ -46,7 +45,8 @@ def make_drafter(
     if name.endswith(SUFFIX):
         return HeadDrafter.open(Path(name), checkpoint)
     if ":" in name:
-        return _plug_in(name, checkpoint)
+        drafter: Drafter = make_plugin("drafter", name, "propose", checkpoint)
+        return drafter
     raise UsageError(
         f"the drafter must be one of {', '.join(NAMES)}, a head's file ({SUFFIX}) or module:Class; got {name!r}"
     )
@@ -68,26 +68,3 @@ def _auto(checkpoint: Checkpoint, states: Path, notify: Callable[[str], None]) -
     except ModelError as error:
         notify(f"guessing goes on without the draft head: {error.message}")
         return PromptLookup()
-
-
-def _plug_in(name: str, checkpoint: Checkpoint) -> Drafter:
-    """Import `module:Class` and call it with the checkpoint; a module beside the caller is found too."""
-    module_name, _, class_name = name.partition(":")
-    sys.path.append("")
-    try:
-        found = getattr(importlib.import_module(module_name), class_name, None)
-    except ImportError as error:
-        raise UsageError(f"the drafter {name!r} cannot be imported: {error}") from error
-    finally:
-        sys.path.remove("")
-    if not callable(found):
-        raise UsageError(f"the drafter {name!r} is no class: {module_name} has no callable {class_name!r}")
-    try:
-        drafter: Drafter = found(checkpoint)
-    except TypeError as error:
-        raise UsageError(
-            f"the drafter {name!r} must be made from a Checkpoint, as {class_name}(checkpoint): {error}"
-        ) from error
-    if not callable(getattr(drafter, "propose", None)):
-        raise UsageError(f"the drafter {name!r} has no method propose(requests); see docs/speculation.md")
-    return drafter

@@ -89,13 +89,13 @@ async def test_text_and_noise_are_those_without_drafts(
             greedy, _ = await answer(edge, 60)
             sampled, _ = await answer(edge, 60, temperature=1.5, seed=3, top_k=50)
         async with EdgeRuntime.connect(replace(plain, speculate=guesses)) as edge:
-            edge._model.drafter = Prophet(PROMPT + greedy, 320, wrong=0.2, width=width)
+            edge.model.drafter = Prophet(PROMPT + greedy, 320, wrong=0.2, width=width)
             drafted, stats = await answer(edge, 60)
             assert drafted == greedy
             assert stats.round_trips < 50
             assert stats.accepted > 0
             assert stats.drafted > stats.accepted
-            edge._model.drafter = Prophet(PROMPT + sampled, 320, wrong=0.2, width=width)
+            edge.model.drafter = Prophet(PROMPT + sampled, 320, wrong=0.2, width=width)
             drafted, stats = await answer(edge, 60, temperature=1.5, seed=3, top_k=50)
             assert drafted == sampled
             assert stats.round_trips < 50
@@ -110,7 +110,7 @@ async def test_a_fork_of_a_drafted_answer_goes_on_like_the_whole(
         async with EdgeRuntime.connect(replace(settings, speculate="off")) as edge:
             whole, _ = await answer(edge, 80)
         async with EdgeRuntime.connect(settings, max_sessions=4) as edge:
-            edge._model.drafter = Prophet(PROMPT + whole, 320, wrong=0.1, width=3)
+            edge.model.drafter = Prophet(PROMPT + whole, 320, wrong=0.1, width=3)
             for count in (30, 31, 47):
                 turn = edge.turn(PROMPT, edge.params(max_new_tokens=count, ignore_eos=True))
                 async with edge.conversations.session(PROMPT) as session:

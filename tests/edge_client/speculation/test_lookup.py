@@ -174,10 +174,10 @@ def test_a_users_own_drafter(checkpoint: Checkpoint, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("no_such_module:X", "cannot be imported"),
-        (f"{__name__}:Missing", "no callable 'Missing'"),
+        ("no_such_module:X", "there is no module 'no_such_module'"),
+        (f"{__name__}:Missing", "has no 'Missing'"),
         (f"{__name__}:NoDrafter", "no method propose"),
-        ("random:random", "must be made from a Checkpoint"),
+        ("random:random", "cannot be made with 1 argument"),
     ],
 )
 def test_a_wrong_drafter_is_told(name: str, said: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
