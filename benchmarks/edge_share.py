@@ -25,7 +25,9 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.common import record, spread
-from edge_client.edge_model import EdgeModel, Encoded, Placement, Work
+from edge_client.draft import Decision
+from edge_client.edge_model import EdgeModel, Placement
+from edge_client.work import Encoded, Work
 from split_llama.checkpoint import Checkpoint
 from split_llama.config import BlockRange, Partition
 from split_llama.load import parse_dtype, set_up_cpu
@@ -116,13 +118,13 @@ class Share:
     def decode(self, sent: tuple[Encoded, ...]) -> tuple[Encoded, ...]:
         """Rows that came back through C and head; the chosen token through embedding and A."""
         replies = tuple(piece.rows for piece in sent)
-        return self._run(Work(self.session, replies, choose=lambda logits: [int(logits.argmax())]))
+        return self._run(Work(self.session, replies, lambda logits, _states: Decision((0,), int(logits[0].argmax()))))
 
     def _run(self, work: Work) -> tuple[Encoded, ...]:
         (result,) = self.model.run([work])
         if isinstance(result, Exception):
             raise result
-        return result
+        return result.rows
 
 
 def measure(folder: Path, weights: str, threads: int, tokens: int) -> dict[str, Any]:

@@ -99,6 +99,7 @@ def _notifier(quiet: bool) -> Callable[[str], None]:
 
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Progress]:
+    """Give something that shows on stderr how far fetching weights has come; nothing while it is quick, or `quiet`."""
     with tqdm(unit="B", unit_scale=True, desc="fetching weights", delay=0.3, leave=False, disable=quiet or None) as bar:
 
         def progress(present: int, total: int) -> None:
@@ -109,6 +110,7 @@ def progress_bar(quiet: bool) -> Iterator[Progress]:
 
 
 def describe_noise(settings: EdgeSettings, spec: NoiseSpec) -> str:
+    """Say in a line what noise is in force, and what it is not."""
     if not spec.is_on:
         return "noise: off, rows are sent as they are"
     if spec.plugin:

@@ -284,6 +284,7 @@ class EdgeModel:
         return torch.cat(norms).numpy()
 
     def bare_states(self, tokens: Sequence[int]) -> Tensor:
+        """Run tokens through embedding and A in a pass of their own; give A's output `[n, d]`, without noise."""
         states: Tensor = self.embedding(torch.tensor(tokens, device=self._device))
         if self._a is not None:
             sequence = self._a.sequence(self._a.blocks, len(tokens))
