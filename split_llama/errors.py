@@ -265,10 +265,11 @@ class Draining(RequestRefused):
 
 
 def all_errors(root: type[FlLlamaError] = FlLlamaError) -> Iterator[type[FlLlamaError]]:
-    """Yield `root` and every class below it."""
+    """Yield `root` and every class of the tree below it; what other modules derive from one stays theirs."""
     yield root
     for child in root.__subclasses__():
-        yield from all_errors(child)
+        if child.__module__ == __name__:
+            yield from all_errors(child)
 
 
 def error_for_code(code: int, message: str, retry_after_ms: int = 0) -> FlLlamaError:

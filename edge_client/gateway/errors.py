@@ -22,8 +22,6 @@ UNREACHABLE_RETRY_MS = 5000
 class ApiError(BadRequest):
     """A request that cannot be answered as it is; `param` names the field, `reason` is OpenAI's code for programs."""
 
-    code, status = 70, 400
-
     def __init__(
         self,
         message: str,
