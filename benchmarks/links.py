@@ -1,13 +1,14 @@
 """The edge over slow links, emulated on this machine: speculation, overhead per step, prefill, parallel chats.
 
-    python -m benchmarks.links [speculation] [step] [prefill] [parallel] [--models demo ...] [--rounds 3]
+    python -m benchmarks.links [speculation] [step] [prefill] [parallel] [--models demo ...] [--rounds 3] [--states DIR]
 
 Server, proxy and edge are processes of their own, server and edge with one CPU thread each. What is compared alternates
 within each round.
 
 speculation  trained models at round trips of 20 and 80 ms: without guesses, with prompt lookup, with the learned head,
              with both, and with guesses that are always wrong; held-out stories for `demo` (see
-             `benchmarks.speculation`), the beginnings of its own samples for any other model
+             `benchmarks.speculation`), the beginnings of its own samples for any other model, whose head
+             `edge-client train-drafter --state-dir DIR` has made
 step         134M random parameters, float32, float16 and int8, with no link and at 20 ms: what a step costs beside the
              round trip and both parties' compute
 prefill      2,048 tokens over 50 Mbit/s and 20 ms, against transfer, the edge's and the server's compute
@@ -138,7 +139,7 @@ async def _modes(url: str, prompts: Sequence[Sequence[int]], options: argparse.N
     async with contextlib.AsyncExitStack() as stack:
         edges = {}
         for mode, changes in MODES.items():
-            edges[mode] = await stack.enter_async_context(edge_for(url, **changes))
+            edges[mode] = await stack.enter_async_context(edge_for(url, state_dir=options.states, **changes))
         for ids in prompts:
             for mode, edge in edges.items():
                 stats[mode].append(await answer(edge, ids, options.tokens, to_the_end=True))
@@ -351,11 +352,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--states", type=Path, help="the edge's state folder, with draft heads")
     options = parser.parse_args()
     for name in options.sections:
         begin = time.perf_counter()
         figures = asyncio.run(SECTIONS[name](options))
-        record(f"links-{name}", {"options": vars(options), name: figures})
+        record(f"links-{name}", {"options": {key: str(value) for key, value in vars(options).items()}, name: figures})
         print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
 
 

@@ -3,6 +3,8 @@
 A request never touches what it was forked from. So one that fails, or whose caller leaves, just closes its fork: its
 pages are free at once and the conversation is as it was before. One that ends well is parked, and replaces whatever it
 continues. Two requests on one conversation fork it twice.
+
+An owner finds only what the same owner has parked: how much of a prompt is cached tells what was said before.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
 
 from edge_client.generate import EdgeSession
 
@@ -19,6 +22,12 @@ LEAST_SHARED = 8
 OpenSession = Callable[[], Awaitable[EdgeSession]]
 ForkSession = Callable[[EdgeSession, int], Awaitable[EdgeSession]]
 CloseSession = Callable[[EdgeSession], Coroutine[None, None, None]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Parked:
+    session: EdgeSession
+    owner: str
 
 
 class Conversations:
@@ -35,37 +44,39 @@ class Conversations:
     ) -> None:
         self._open, self._fork, self._close = open_session, fork_session, close_session
         self._most_sessions, self._most_tokens = most_sessions, most_tokens
-        self._parked: list[EdgeSession] = []  # the one used last at the end
+        self._parked: list[_Parked] = []  # the one used last at the end
         self._closing: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
         return len(self._parked)
 
     @contextlib.asynccontextmanager
-    async def session(self, ids: Sequence[int], *, fresh: bool = False) -> AsyncIterator[EdgeSession]:
-        """Give a session that has as much of `ids` as is parked, less the last token; `fresh` gives an empty one.
+    async def session(self, ids: Sequence[int], *, fresh: bool = False, owner: str = "") -> AsyncIterator[EdgeSession]:
+        """Give a session that has as much of `ids` as `owner` has parked, less the last token; `fresh` an empty one.
 
         Left as usual, it is parked for the next turn. Left by an exception it is closed, and nothing else has changed.
         """
-        parent, shared = (None, 0) if fresh else self._longest(ids)
+        parent, shared = (None, 0) if fresh else self._longest(ids, owner)
         session = await self._open() if parent is None else await self._fork(parent, shared)
         try:
             yield session
         except BaseException:
             self._close_soon(session)
             raise
-        self._park(session)
+        self._park(_Parked(session, owner))
 
     @contextlib.asynccontextmanager
-    async def branches(self, ids: Sequence[int], count: int) -> AsyncIterator[list[EdgeSession]]:
+    async def branches(self, ids: Sequence[int], count: int, *, owner: str = "") -> AsyncIterator[list[EdgeSession]]:
         """Give `count` sessions that all have `ids` but the last token; the prompt is computed once, for the first.
 
         The prompt is parked when all goes well, the branches are closed in any case.
         """
         async with contextlib.AsyncExitStack() as stack:
-            trunk = await stack.enter_async_context(self.session(ids))
+            trunk = await stack.enter_async_context(self.session(ids, owner=owner))
             if len(ids) - 1 > len(trunk.tokens):
                 await trunk.prefill(ids[:-1])
+            # It may itself be a fork that the server has not confirmed yet.
+            await trunk.remote.idle()
             sessions = []
             for _ in range(count):
                 sessions.append(await self._fork(trunk, len(ids) - 1) if len(ids) > 1 else await self._open())
@@ -76,44 +87,47 @@ class Conversations:
     def give_up_one(self) -> None:
         """Close what was unused longest: somebody else needs the room."""
         if self._parked:
-            self._close_soon(self._parked.pop(0))
+            self._close_soon(self._parked.pop(0).session)
 
     async def clear(self) -> None:
         """Close all that is parked, and wait for whatever is being closed."""
         parked, self._parked = self._parked, []
-        for session in parked:
-            self._close_soon(session)
-        await asyncio.gather(*self._closing)
+        for each in parked:
+            self._close_soon(each.session)
+        await asyncio.gather(*self._closing, return_exceptions=True)
 
-    def _longest(self, ids: Sequence[int]) -> tuple[EdgeSession | None, int]:
+    def _longest(self, ids: Sequence[int], owner: str) -> tuple[EdgeSession | None, int]:
         """Find the parked session that shares most with `ids`, and how much; the last token is always to be fed."""
-        best: tuple[EdgeSession | None, int] = (None, LEAST_SHARED - 1)
-        for session in self._parked:
-            if session.remote.error is None and (shared := _shared(session.tokens, ids, len(ids) - 1)) > best[1]:
-                best = (session, shared)
+        best: tuple[_Parked | None, int] = (None, LEAST_SHARED - 1)
+        wanted = list(ids[:-1])
+        for parked in self._parked:
+            if parked.owner != owner or parked.session.remote.error is not None:
+                continue
+            if (shared := _shared(parked.session.tokens, wanted)) > best[1]:
+                best = (parked, shared)
         parent, shared = best
         if parent is None:
             return None, 0
         self._parked.remove(parent)
         self._parked.append(parent)
-        return parent, shared
+        return parent.session, shared
 
-    def _park(self, session: EdgeSession) -> None:
-        tokens = session.tokens
+    def _park(self, new: _Parked) -> None:
+        tokens = new.session.tokens
         kept = []
         for parked in self._parked:
-            length = len(parked.tokens)
-            superseded = length <= len(tokens) and parked.tokens == tokens[:length]
-            if superseded or parked.remote.error is not None:
-                self._close_soon(parked)
+            length = len(parked.session.tokens)
+            superseded = parked.owner == new.owner and parked.session.tokens == tokens[:length]
+            if superseded or parked.session.remote.error is not None:
+                self._close_soon(parked.session)
             else:
                 kept.append(parked)
-        self._parked = [*kept, session]
+        self._parked = [*kept, new]
         while len(self._parked) > self._most_sessions or self._held_tokens() > self._most_tokens:
-            self._close_soon(self._parked.pop(0))
+            self.give_up_one()
 
     def _held_tokens(self) -> int:
-        return sum(len(session.tokens) for session in self._parked)
+        return sum(len(parked.session.tokens) for parked in self._parked)
 
     def _close_soon(self, session: EdgeSession) -> None:
         """Close without making anybody wait, a cancelled caller least of all."""
@@ -122,10 +136,15 @@ class Conversations:
         task.add_done_callback(self._closing.discard)
 
 
-def _shared(left: Sequence[int], right: Sequence[int], most: int) -> int:
-    """Length of the common beginning, at most `most`."""
-    limit = min(len(left), most)
-    for at in range(limit):
-        if left[at] != right[at]:
-            return at
-    return limit
+def _shared(left: list[int], right: list[int]) -> int:
+    """Length of the common beginning, by halving: slices compare at the speed of memory."""
+    low, high = 0, min(len(left), len(right))
+    if left[:high] == right[:high]:
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -6,6 +6,7 @@ Shapes: N rows of the pass, d hidden.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from edge_client.draft import NO_GUESSES, Decision, Draft
 from edge_client.plugins import make_plugin
-from edge_client.speculation.drafter import Drafter
+from edge_client.speculation.drafter import Drafter, DraftRequest, Guesses
 from edge_client.step_log import EncodedRows
 from edge_client.work import Encoded, Fed, LocalSession, PhaseTimes, Work, WorkResult
 from split_llama.checkpoint import Checkpoint
@@ -41,6 +42,8 @@ from split_llama.products import Numerics
 from split_llama.wire.codec import Codec, decode_rows, encode_rows
 
 CALIBRATION_TOKENS = 64
+
+log = logging.getLogger("fl_llama.edge")
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +186,8 @@ class EdgeModel:
                 if not all(finite[start:end]):
                     raise ServerFault("the logits are not finite: the server's answer or the weights are broken")
                 decisions[index] = decide(logits[start:end], final[start:end])
-            except FlLlamaError as error:
+            except Exception as error:
+                # Samplers, grammars and a user's own code run in there; the others of this pass go on.
                 results[index] = error
             start = end
         self.times.choose += watch.lap()
@@ -192,9 +196,8 @@ class EdgeModel:
     def _draft(self, decisions: dict[int, Decision]) -> tuple[dict[int, Draft], float]:
         """Give what each work feeds next, and the time that guessing took."""
         requests = {index: decision.request for index, decision in decisions.items() if decision.request is not None}
-        watch, guesses = _Stopwatch(), {}
-        if requests and self.drafter is not None:
-            guesses = dict(zip(requests, self.drafter.propose(list(requests.values())), strict=True))
+        watch = _Stopwatch()
+        guesses = dict(zip(requests, self._propose(list(requests.values())), strict=True))
         seconds = watch.lap()
         self.times.draft += seconds
         drafts = {
@@ -203,6 +206,19 @@ class EdgeModel:
             if decision.token is not None
         }
         return drafts, seconds
+
+    def _propose(self, requests: list[DraftRequest]) -> list[Guesses]:
+        """Ask the drafter; one that fails is asked no more, as answers do not depend on it."""
+        nothing = [NO_GUESSES] * len(requests)
+        if not requests or self.drafter is None:
+            return nothing
+        try:
+            proposed = zip(requests, self.drafter.propose(requests), strict=True)
+            return [guesses.within(request.max_guesses, self.config.vocab_size) for request, guesses in proposed]
+        except Exception:
+            log.exception("the drafter failed; it goes on without guesses")
+            self.drafter = None
+            return nothing
 
     def _run_tokens(self, feeding: Sequence[_Feed], results: list[WorkResult]) -> None:
         """Embedding, A, noise and codec over all new tokens."""

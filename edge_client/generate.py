@@ -66,7 +66,7 @@ class EdgeSession:
         max_length: int,
         pace: Pace | None = None,
         tokens: Sequence[int] = (),
-        learn: Callable[[Sequence[int]], None] | None = None,
+        finished: Callable[[EdgeSession, Sequence[int]], None] | None = None,
     ) -> None:
         self.stats = GenerationStats(cached_tokens=len(tokens))
         self.tokens = list(tokens)
@@ -78,7 +78,7 @@ class EdgeSession:
         self._max_draft_rows = remote.max_draft_rows(codec)
         # Without blocks in C only the last position's output is of use.
         self._all_rows = all_rows
-        self._learn = learn
+        self._finished = finished
         self._begin = 0.0
         self._carried_bytes = (0, 0)
 
@@ -112,8 +112,8 @@ class EdgeSession:
                 for event in turn.take_events():
                     yield event
                 fed = await self._verify(fed, decoder, len(turn.tokens), turn, sent)
-            if self._learn is not None:
-                self._learn([*prompt_ids, *turn.tokens])
+            if self._finished is not None:
+                self._finished(self, [*prompt_ids, *turn.tokens])
             for event in turn.take_events():
                 yield event
         finally:

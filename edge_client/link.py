@@ -20,14 +20,15 @@ CLOSE_SECONDS = 1.0
 MESSAGE_BYTES = 128 * 1024
 FIRST_BACKOFF = 0.05
 LONGEST_BACKOFF = 3.0
+SLOW_BACKOFF = 15.0
 
 
 class ServerLink:
     """Use as `async with ServerLink(connector, ...) as link`. Where a server says that a session moved, all follow.
 
-    A lost link is retried. After `reconnect_seconds` without one every session fails with `ServerUnreachable`, and so
-    does `open`, until a server answers again. `on_refusal` hears of sessions that a server has no room for: whoever
-    keeps others without need can close some.
+    A lost link is retried. After `reconnect_seconds` without one every session fails with `ServerUnreachable`, and at
+    once with what retrying does not mend (a key, another model); so does `open`, until a server answers again.
+    `on_refusal` hears of sessions that a server has no room for: whoever keeps others without need can close some.
     """
 
     def __init__(self, connector: Connector, *, reconnect_seconds: float = 60.0) -> None:
@@ -97,8 +98,10 @@ class ServerLink:
 
     async def close(self, session: RemoteSession) -> None:
         """Close a session on the server and forget it."""
-        await session.close()
-        self._sessions.pop(session.state.handle, None)
+        try:
+            await session.close()
+        finally:
+            self._sessions.pop(session.state.handle, None)
 
     def _attach(self, handle: int, session: RemoteSession) -> None:
         hello = self.hello
@@ -109,22 +112,19 @@ class ServerLink:
         self._dirty_event.set()
 
     async def _serve(self, channel: Channel) -> None:
-        """Read and write until the link is lost, make it anew, and so on; an error that stays ends all sessions."""
+        """Read and write until the link is lost, make it anew, and so on."""
         try:
             while True:
                 lost = await self._pump(channel)
                 for session in self._sessions.values():
                     session.state.detach()
                 if isinstance(lost, ConnectionRefused) and not isinstance(lost, SlowReader):
-                    raise lost
-                moves = self._take_move()
-                channel = await self._reconnect(lost, 0.0 if moves else FIRST_BACKOFF)
+                    self._fail(lost)
+                channel = await self._reconnect(lost, 0.0 if self._take_move() else FIRST_BACKOFF)
                 self._error = None
                 for handle, session in self._sessions.items():
                     self._attach(handle, session)
                     self._kick(session)
-        except FlLlamaError as error:
-            self._fail(error)
         except Exception as error:
             # Nobody may wait for ever because of a fault of ours.
             self._fail(FlLlamaError(f"the edge's link to the server failed: {error!r}"))
@@ -140,9 +140,14 @@ class ServerLink:
         """Say whether a server named another one, which is asked next."""
         address, self._moved_to = self._moved_to, None
         self._moved.clear()
-        if address is not None:
+        if address is None:
+            return False
+        try:
             self._connector.addresses.move(address)
-        return address is not None
+        except FlLlamaError as error:
+            self._fail(error)
+            return False
+        return True
 
     async def _reconnect(self, lost: FlLlamaError, backoff: float) -> Channel:
         """Connect, however long it takes; nobody is kept waiting for longer than `reconnect_seconds`."""
@@ -159,12 +164,14 @@ class ServerLink:
                     )
                 )
             await asyncio.sleep(delay)
-            backoff = min(max(backoff * 2, FIRST_BACKOFF), LONGEST_BACKOFF)
+            backoff = max(backoff, min(max(backoff * 2, FIRST_BACKOFF), LONGEST_BACKOFF))
             try:
                 return await self._connector.connect()
             except FlLlamaError as error:
                 if not may_pass(error):
-                    raise
+                    # Trying again does not help those who wait; somebody may mend it, so it is tried now and then.
+                    self._fail(error)
+                    backoff = SLOW_BACKOFF
                 lost = error
 
     async def _pump(self, channel: Channel) -> FlLlamaError:

@@ -18,6 +18,7 @@ Importing this module imports torch, which takes a second or two.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -110,18 +111,17 @@ class EdgeRuntime:
             model, spec = await in_thread(lambda: _load(settings, found, max_sessions, notify))
             learner = _learner(settings, found, notify)
             runtime = cls(found, model, spec, link, make_pace(settings), max_sessions, learner)
-            try:
-                yield runtime
-            finally:
+            async with contextlib.AsyncExitStack() as closing:
+                closing.push_async_callback(runtime.worker.close)
+                closing.push_async_callback(runtime.conversations.clear)
                 if learner is not None:
-                    await learner.close()
-                await runtime.conversations.clear()
-                await runtime.worker.close()
+                    closing.push_async_callback(learner.close)
+                yield runtime
 
     @property
-    def link_error(self) -> FlLlamaError | None:
-        """Why no answer can be made at the moment, if that is so: the server was lost."""
-        return self._link.error
+    def error(self) -> FlLlamaError | None:
+        """Why no answer can be made at the moment, if that is so: the server was lost, or this edge is broken."""
+        return self.worker.fault or self._link.error
 
     @property
     def rows_released(self) -> int:
@@ -166,13 +166,25 @@ class EdgeRuntime:
 
     async def _fork(self, parent: EdgeSession, at: int) -> EdgeSession:
         tokens = parent.tokens[:at]
-        remote = self._link.fork(parent.remote, at)
-        local = await self.worker.ask(lambda: parent.local.fork(at))
+        forking = asyncio.ensure_future(self.worker.ask(lambda: parent.local.fork(at)))
+        try:
+            local = await asyncio.shield(forking)
+        except asyncio.CancelledError:
+            forking.add_done_callback(self._free_unwanted)
+            raise
+        try:
+            remote = self._link.fork(parent.remote, at)
+        except FlLlamaError:
+            self.worker.call(local.free)
+            raise
         return self._session(local, remote, tokens)
 
+    def _free_unwanted(self, forking: asyncio.Future[LocalSession]) -> None:
+        """Whoever asked for a fork left while it was made."""
+        if not forking.cancelled() and forking.exception() is None:
+            self.worker.call(forking.result().free)
+
     def _session(self, local: LocalSession, remote: RemoteSession, tokens: Sequence[int]) -> EdgeSession:
-        # A session begins with what the one before has learned so far about link and guesses.
-        self._pace = self._next_pace(self._pace)
         return EdgeSession(
             local,
             remote,
@@ -180,10 +192,17 @@ class EdgeRuntime:
             all_rows=self.source.partition.q > 0,
             codec=self.model.codec,
             max_length=self.max_length,
-            pace=self._pace,
+            # A session begins with what the last answer taught about link and guesses.
+            pace=self._next_pace(self._pace),
             tokens=tokens,
-            learn=self._learner.keep if self._learner is not None else None,
+            finished=self._finished,
         )
+
+    def _finished(self, session: EdgeSession, tokens: Sequence[int]) -> None:
+        if session.pace is not None:
+            self._pace = session.pace
+        if self._learner is not None:
+            self._learner.keep(tokens)
 
     async def _close(self, session: EdgeSession) -> None:
         self.worker.call(session.local.free)

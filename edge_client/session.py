@@ -91,6 +91,14 @@ class RemoteSession:
         self._answers.clear()
         return answers
 
+    async def idle(self) -> None:
+        """Wait until nothing is under way, so that the session can be forked. Raises what ended the session."""
+        while not self.state.is_idle:
+            if self._error is not None:
+                raise self._error
+            self._changed.clear()
+            await self._changed.wait()
+
     async def close(self) -> None:
         """Close on the server, and wait a little for its word."""
         if self._timer is not None:

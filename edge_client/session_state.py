@@ -149,6 +149,7 @@ class SessionState:
     _forked: bool = False
     _resync: Frame | None = None
     _opened: bool = False
+    _step_refused: bool = False
     _last_seq: int = 0
     _next_token: int = 0
     _ack: int = 0
@@ -160,6 +161,11 @@ class SessionState:
     def unanswered(self) -> int:
         """Steps submitted and not answered, replayed ones not counted."""
         return sum(step.token is not None for step in self._steps)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is under way: everything submitted was answered, and the server has taken the session in."""
+        return not self._steps and self.phase not in (Phase.OPENING, Phase.ATTACHING)
 
     def rows_per_step(self, codec: Codec) -> int:
         """How many rows one step may carry."""
@@ -197,13 +203,17 @@ class SessionState:
         child.log = self.log.fork(at)
         # Should the fork be refused, the child is attached like a session that the server has lost.
         child._opened = child._forked = True
+        child.max_frame_bytes, child.max_step_rows = self.max_frame_bytes, self.max_step_rows
         if self.phase is Phase.LIVE and self._resync is None:
             kept = at if self._draft is None else min(at, self._draft.base)
             child._fork = Fork(parent=self.handle, at=kept, session=opening.session, secret=opening.secret)
+            child._replay(kept, at)
         return child
 
     def attach(self, handle: int, max_frame_bytes: int, max_step_rows: int) -> None:
-        """A connection is there: ask for the session under `handle`."""
+        """A connection is there: ask for the session under `handle`. A closed one stays closed."""
+        if self.phase is Phase.CLOSED:
+            return
         self.handle, self.max_frame_bytes, self.max_step_rows = handle, max_frame_bytes, max_step_rows
         self._control.clear()
         self._ask()
@@ -223,7 +233,7 @@ class SessionState:
         """The delay of a `Retry` is over."""
         if self.phase is not Phase.REFUSED:
             return
-        if self._opened:
+        if self._step_refused:
             self.phase = Phase.LIVE
         else:
             self._ask()
@@ -259,7 +269,8 @@ class SessionState:
             self.phase = Phase.CLOSED
             return [Closed()]
         if self.phase is Phase.CLOSED:
-            return []
+            # What is refused as a whole is not there any more, which is what was asked for.
+            return [Closed()] if frame.kind is Kind.ERROR and frame.seq == 0 else []
         if frame.kind in (Kind.OPEN, Kind.ATTACH, Kind.FORK):
             return self._on_grant(Grant.from_bytes(frame.payload))
         if frame.kind is Kind.REPLY:
@@ -282,11 +293,10 @@ class SessionState:
         self._control.append(Frame(kind, handle=self.handle, payload=self.opening.to_bytes()))
 
     def _ask_fork(self, fork: Fork) -> None:
-        """Steps may follow a FORK at once, those first that bring what the parent's server has not settled."""
-        self._fork = None
+        """Steps may follow a FORK at once; those come first that bring what the parent has not settled there."""
         self.phase = Phase.OPENING
+        self._forget_sent()
         self._control.append(Frame(Kind.FORK, handle=self.handle, payload=fork.to_bytes()))
-        self._replay(fork.at, len(self.log))
 
     def _forget_sent(self) -> None:
         self._gaps.clear()
@@ -335,7 +345,7 @@ class SessionState:
 
     def _on_grant(self, grant: Grant) -> list[Event]:
         self.window_steps, self.window_bytes = grant.window_steps, grant.window_bytes
-        self._opened = True
+        self._opened, self._fork = True, None
         if self.phase in (Phase.OPENING, Phase.ATTACHING):
             self.phase = Phase.LIVE
         return []
@@ -412,12 +422,14 @@ class SessionState:
             if step.sent and seq and step.seq > seq:
                 self._gaps[step.seq] += 1
             step.sent = step.sent and 0 < step.seq < seq
+        self._step_refused = self.phase is Phase.LIVE or seq > 0
         self.phase = Phase.REFUSED
         return [Retry(delay, error)]
 
     def _on_refused_fork(self, seq: int) -> list[Event]:
         """The parent is gone, or shorter than we thought: attach instead, the server will ask for the rows."""
         if seq == 0:
+            self._fork = None
             self._steps = deque(step for step in self._steps if step.token is not None)
             self._ask()
         return []

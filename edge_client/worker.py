@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from edge_client.edge_model import EdgeModel
 from edge_client.work import Fed, Work, WorkResult
+from split_llama.errors import FlLlamaError
 
 MAX_PASS_ROWS = 1024
+
+log = logging.getLogger("fl_llama.edge")
 
 T = TypeVar("T")
 
@@ -27,6 +31,7 @@ class EdgeWorker:
         self._calls: deque[Callable[[], Any]] = deque()
         self._wake = threading.Condition()
         self._stopped = False
+        self.fault: FlLlamaError | None = None
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="edge-worker", daemon=True)
         self._thread.start()
@@ -35,7 +40,7 @@ class EdgeWorker:
         """Do one piece of work; raises what went wrong with it."""
         future: asyncio.Future[Fed] = self._loop.create_future()
         with self._wake:
-            assert not self._stopped, "the worker is closed"
+            self._check()
             self._jobs.append((work, future))
             self._wake.notify()
         return await future
@@ -48,6 +53,7 @@ class EdgeWorker:
 
     async def ask(self, function: Callable[[], T]) -> T:
         """Do the same with a function whose result, or exception, is wanted."""
+        self._check()
         future: asyncio.Future[T] = self._loop.create_future()
 
         def run() -> None:
@@ -68,7 +74,23 @@ class EdgeWorker:
             self._wake.notify()
         await asyncio.to_thread(self._thread.join)
 
+    def _check(self) -> None:
+        if self.fault is not None:
+            raise self.fault
+        assert not self._stopped, "the worker is closed"
+
     def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            # Whoever waits, and whoever comes, has to hear of it.
+            log.exception("the edge's worker has ended")
+            with self._wake:
+                self.fault = FlLlamaError(f"the edge's worker has ended: {error!r}; start again")
+                jobs, self._jobs = list(self._jobs), deque()
+            self._deliver([future for _, future in jobs], [self.fault] * len(jobs))
+
+    def _work(self) -> None:
         while True:
             with self._wake:
                 while not (self._jobs or self._calls or self._stopped):
@@ -79,7 +101,10 @@ class EdgeWorker:
                 self._calls.clear()
                 batch = self._take_batch()
             for call in calls:
-                call()
+                try:
+                    call()
+                except Exception:
+                    log.exception("a call in the edge's worker failed")
             if batch:
                 self._run_batch(batch)
 
@@ -111,7 +136,13 @@ class EdgeWorker:
             results = self._model.run([work for work, _ in batch])
         except Exception as error:
             results = [error] * len(batch)
-        self._loop.call_soon_threadsafe(_deliver, [future for _, future in batch], results)
+        except BaseException:
+            self._jobs.extendleft(reversed(batch))
+            raise
+        self._deliver([future for _, future in batch], results)
+
+    def _deliver(self, futures: list[asyncio.Future[Fed]], results: Sequence[WorkResult]) -> None:
+        self._loop.call_soon_threadsafe(_deliver, futures, results)
 
 
 def _sides(work: Work) -> tuple[str, ...]:
@@ -119,7 +150,7 @@ def _sides(work: Work) -> tuple[str, ...]:
     return ("c",) * bool(work.replies) + ("a",) * feeds
 
 
-def _deliver(futures: list[asyncio.Future[Fed]], results: list[WorkResult]) -> None:
+def _deliver(futures: list[asyncio.Future[Fed]], results: Sequence[WorkResult]) -> None:
     for future, result in zip(futures, results, strict=True):
         if isinstance(result, Exception):
             _settle(future, None, result)

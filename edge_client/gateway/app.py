@@ -113,8 +113,8 @@ def _others(service: AnswerService) -> APIRouter:
 
     @router.get("/health", tags=["health"], summary="The gateway can answer; 503 while its server is lost")
     async def health() -> dict[str, Any]:
-        if service.edge.link_error is not None:
-            raise service.edge.link_error
+        if service.edge.error is not None:
+            raise service.edge.error
         return {"status": "ok"}
 
     @router.get("/version", tags=["health"])

@@ -68,6 +68,14 @@ class Guesses:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def within(self, most: int, vocab_size: int) -> Guesses:
+        """Give the first `most` guesses; none at all if a token is not one of the model's `vocab_size`."""
+        if any(token >= vocab_size for token in self.tokens):
+            return Guesses()
+        if len(self) <= most:
+            return self
+        return Guesses(self.tokens[:most], self.parents[:most], self.chances[:most])
+
     def depths(self) -> tuple[int, ...]:
         """Depth of each guess; those right behind the root have depth 1."""
         depths: list[int] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from edge_client.conversations import LEAST_SHARED, Conversations
 from edge_client.generate import EdgeSession
 from edge_client.runtime import EdgeRuntime
+from edge_client.speculation.fixed_pace import FixedPace
 from split_llama.errors import ServerUnreachable
 from tests.conftest import TinyCheckpoint
 from tests.edge_client.conftest import MakeSettings, ServeModel, ServerProcess
@@ -127,6 +129,61 @@ async def test_a_cancelled_task_leaves_nothing_behind(edge: EdgeRuntime) -> None
     assert await gauge(url, "kv_cache_usage_ratio") == 0
 
 
+async def test_leaving_while_a_fork_is_made_leaves_nothing(edge: EdgeRuntime) -> None:
+    url = edge.url  # type: ignore[attr-defined]
+    first, _ = await say(edge, PROMPT)
+    pages, gate = edge.model._a.pool.num_used, threading.Event()  # type: ignore[union-attr]
+    edge.worker.call(gate.wait)
+    task = asyncio.create_task(say(edge, [*PROMPT, *first, 7]))
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    gate.set()
+    await edge.worker.ask(lambda: None)
+    await asyncio.sleep(0.05)
+    await edge.worker.ask(lambda: None)
+    assert edge.model._a.pool.num_used == pages  # type: ignore[union-attr]
+    await edge.conversations.clear()
+    assert await gauge(url, "kv_cache_usage_ratio") == 0
+    assert await gauge(url, "sessions") == 0
+
+
+async def test_the_same_prompt_again_in_branches(edge: EdgeRuntime) -> None:
+    url = edge.url  # type: ignore[attr-defined]
+    first, _ = await say(edge, PROMPT)
+    ids = [*PROMPT, *first]
+    for _ in range(2):
+        before = await gauge(url, "prompt_tokens_total")
+        async with edge.conversations.branches(ids, 3) as sessions:
+            turn = edge.turn(ids, edge.params(max_new_tokens=5, ignore_eos=True))
+            async for _event in sessions[2].generate(ids, turn):
+                pass
+        assert turn.tokens == await fresh(edge, ids, 5)
+        assert await gauge(url, "prompt_tokens_total") - before <= len(ids) + 4
+
+
+async def test_a_faulty_drafter_or_sampler_hurts_nobody_else(edge: EdgeRuntime) -> None:
+    class Broken:
+        def propose(self, requests: Sequence[Any]) -> list[Any]:
+            raise KeyError("a user's own")
+
+    expected = await fresh(edge, PROMPT, 30)
+    edge.model.drafter = Broken()
+    edge._next_pace = lambda _before: FixedPace(4)
+
+    async def bad() -> None:
+        params = edge.params(max_new_tokens=30, temperature=1.0, repetition_penalty=1e-38)
+        turn = edge.turn(PROMPT, params)
+        async with edge.conversations.session(PROMPT) as session:
+            async for _ in session.generate(PROMPT, turn):
+                pass
+
+    answers = await asyncio.gather(fresh(edge, PROMPT, 30), bad(), fresh(edge, PROMPT, 30), return_exceptions=True)
+    assert answers[0] == answers[2] == expected
+    assert edge.error is None
+
+
 async def test_branches_compute_the_prompt_once(edge: EdgeRuntime) -> None:
     url = edge.url  # type: ignore[attr-defined]
     before = await gauge(url, "prompt_tokens_total")
@@ -188,10 +245,10 @@ async def test_a_server_that_comes_back_late_is_used_again(
             with pytest.raises(ServerUnreachable) as lost:
                 await say(edge, [*PROMPT, *first, 7])
             assert lost.value.retry_after_ms > 0
-            assert edge.link_error is not None
+            assert edge.error is not None
             server.start()
             async with asyncio.timeout(20):
-                while edge.link_error is not None:  # noqa: ASYNC110
+                while edge.error is not None:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
             second, _ = await say(edge, [*PROMPT, *first, 7])
             assert second == await fresh(edge, [*PROMPT, *first, 7])
@@ -217,6 +274,7 @@ class Room:
 
     def __init__(self, sessions: int, tokens: int) -> None:
         self.closed: list[Any] = []
+        self.owner = ""
         self.pool = Conversations(self._open, self._fork, self._close, most_sessions=sessions, most_tokens=tokens)
 
     async def _open(self) -> Any:
@@ -229,7 +287,7 @@ class Room:
         self.closed.append(session)
 
     async def park(self, *tokens: int) -> Any:
-        async with self.pool.session([*tokens, 0]) as session:
+        async with self.pool.session([*tokens, 0], owner=self.owner) as session:
             cached = len(session.tokens)
             session.tokens = list(tokens)
         await asyncio.sleep(0)
@@ -251,13 +309,23 @@ async def test_those_unused_longest_go_first() -> None:
     assert len(room.pool) == 2
 
 
+async def test_owners_find_only_their_own() -> None:
+    room = Room(sessions=9, tokens=1000)
+    room.owner = "alice"
+    await room.park(*range(20))
+    assert await room.park(*range(20), 21) == 20
+    room.owner = "bob"
+    assert await room.park(*range(20), 21) == 0
+    assert len(room.pool) == 2
+
+
 async def test_little_in_common_or_a_broken_session_is_no_parent() -> None:
     room = Room(sessions=9, tokens=1000)
     await room.park(*range(20))
     assert await room.park(*range(LEAST_SHARED - 1), *range(500, 520)) == 0
     assert await room.park(*range(LEAST_SHARED), *range(600, 620)) == LEAST_SHARED
-    for session in room.pool._parked:
-        session.remote.error = KeyError()
+    for parked in room.pool._parked:
+        parked.session.remote.error = KeyError()  # type: ignore[misc,assignment]
     assert await room.park(*range(20), 21) == 0
     assert len(room.pool) == 1
 

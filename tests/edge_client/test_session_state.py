@@ -334,6 +334,30 @@ def test_a_redirected_session_is_attached_elsewhere() -> None:
     assert [frame.kind for frame in state.take_frames()] == [Kind.ATTACH]
 
 
+def test_a_closed_session_is_not_attached_again() -> None:
+    state = live_session()
+    state.close()
+    state.detach()
+    state.attach(2, 65536, 100)
+    assert [frame.kind for frame in state.take_frames()] == [Kind.CLOSE]
+    assert state.on_frame(error_frame(2, 0, UnknownSession("who?"))) == [Closed()]
+
+
+def test_a_refused_fork_is_asked_for_again() -> None:
+    parent = live_session()
+    rows = rows_of(Codec.FP16, [0])
+    parent.submit(0, rows)
+    parent.take_frames()
+    parent.on_frame(Frame(Kind.REPLY, Codec.FP16, handle=1, seq=1, count=1, payload=rows.data))
+    child = parent.fork(OPENING, 1)
+    child.attach(2, 65536, 100)
+    assert [frame.kind for frame in child.take_frames()] == [Kind.FORK]
+    (event,) = child.on_frame(error_frame(2, 0, OutOfPages("full", retry_after_ms=10)))
+    assert isinstance(event, Retry)
+    child.retry()
+    assert [frame.kind for frame in child.take_frames()] == [Kind.FORK]
+
+
 def test_close_is_confirmed() -> None:
     state = live_session()
     state.close()
