@@ -178,8 +178,72 @@ def recover_tokens(result: Mapping[str, Any]) -> str:
     return markdown(["model", "p", "noise, mean size", "vocabulary matching", "nearest embedding"], rows)
 
 
+def links_speculation(result: Mapping[str, Any]) -> str:
+    """Speed and tokens per round trip, by model, round trip and source of guesses."""
+    rows = [
+        [
+            where.replace("_", ", "),
+            mode,
+            f"{found['tokens_per_second']:.1f}",
+            f"{found['tokens_per_second'] / modes['off']['tokens_per_second']:.2f}",
+            f"{found['tokens_per_round_trip']:.2f}",
+            f"{found['guesses_per_round_trip']:.1f}",
+        ]
+        for where, modes in result["speculation"].items()
+        for mode, found in modes.items()
+    ]
+    head = ["model, round trip", "guesses from", "tokens/s", "x off", "tokens per round trip", "guesses per round trip"]
+    return markdown(head, rows)
+
+
+def links_step(result: Mapping[str, Any]) -> str:
+    """What a step is made of, in ms, by weights and link."""
+    names = ("step_ms", "edge_ms", "server_ms", "overhead_ms")
+    rows = [
+        [
+            where.replace("_", ", "),
+            f"{found['tokens_per_second']['median']:.1f}",
+            *(f"{found[name]['median']:.2f} [{found[name]['min']:.2f}-{found[name]['max']:.2f}]" for name in names),
+        ]
+        for where, found in result["step"].items()
+    ]
+    return markdown(["weights, link", "tokens/s", "step ms", "edge ms", "server ms", "overhead ms"], rows)
+
+
+def links_prefill(result: Mapping[str, Any]) -> str:
+    """The first token of a long prompt, and what bounds it."""
+    rows = [
+        [name, *(f"{found[key]:.2f}" for key in ("median", "min", "max"))] for name, found in result["prefill"].items()
+    ]
+    return markdown(["", "median", "min", "max"], rows)
+
+
+def links_parallel(result: Mapping[str, Any]) -> str:
+    """One chat and sixteen through one gateway."""
+    rows = [
+        [name, *(f"{found[key]:.2f}" for key in ("median", "min", "max"))]
+        for name, found in result["parallel"].items()
+        if isinstance(found, dict)
+    ]
+    return markdown(["", "median", "min", "max"], rows)
+
+
+def speculation_offline(result: Mapping[str, Any]) -> str:
+    """Tokens per round trip by text, drafter and shape of the draft, greedy."""
+    found = [(model["model"], row) for model in result["models"] for row in model["rows"] if row["temperature"] == 0]
+    rows = [{**row, "text": f"{model.rpartition('/')[2]}, {row['text']}"} for model, row in found]
+    shapes = list(dict.fromkeys(f"{row['shape']} {row['guesses']}" for row in rows))
+    table: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        cells = table.setdefault((row["text"], row["drafter"]), {})
+        cells[f"{row['shape']} {row['guesses']}"] = f"{row['tokens_per_round_trip']:.2f}"
+    body = [[text, drafter, *(cells.get(shape, "") for shape in shapes)] for (text, drafter), cells in table.items()]
+    return markdown(["text", "drafter", *shapes], body)
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    function.__name__: function
+    # A record of a part is named BENCHMARK-PART.
+    function.__name__.replace("links_", "links-").replace("speculation_", "speculation-"): function
     for function in (
         split_decode,
         edge_share,
@@ -190,6 +254,11 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
         startup,
         quality,
         recover_tokens,
+        links_speculation,
+        links_step,
+        links_prefill,
+        links_parallel,
+        speculation_offline,
     )
 }
 
