@@ -107,7 +107,7 @@ class Share:
         checkpoint = Checkpoint.open(folder)
         self.model = EdgeModel(checkpoint, PARTITION, Codec.FP16, Placement(numerics, KV_POSITIONS))
         spec = NoiseSpec.parse("0.02")
-        scope = NoiseScope("benchmark", "", BlockRange(1, 2), self.model.width, spec)
+        scope = NoiseScope("benchmark", "", BlockRange(1, 2), self.model.width, spec, numerics.label)
         self.model.use_noise(spec, PrefixNoise(b"s" * 32, scope))
         self.session = self.model.open(KV_POSITIONS)
 

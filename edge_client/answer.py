@@ -14,11 +14,13 @@ from tqdm import tqdm
 from edge_client.chat_template import load_template, render
 from edge_client.deadline import deadline
 from edge_client.generate import GenerationStats
+from edge_client.printable import for_stream, printable
 from edge_client.rest import ModelCard
 from edge_client.runtime import EdgeRuntime, prepare
 from edge_client.settings import EdgeSettings
 from edge_client.threads import in_thread
 from edge_client.turn import Turn
+from edge_client.usual_params import usual_params
 from edge_client.weights import Progress
 from split_llama.errors import UsageError
 from split_llama.noise import NoiseSpec
@@ -48,26 +50,17 @@ async def _generate(settings: EdgeSettings, request: Request, card: ModelCard, p
         async with EdgeRuntime.connect(settings, source=source) as edge:
             notify(describe_noise(settings, edge.noise))
             ids = _tokenise(edge, request, prompt)
-            params = edge.params(
-                max_new_tokens=settings.max_new_tokens,
-                stop=settings.stop,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                top_k=settings.top_k,
-                min_p=settings.min_p,
-                repetition_penalty=settings.repetition_penalty,
-                seed=settings.seed,
-            )
-            turn = edge.turn(ids, params)
+            turn = edge.turn(ids, usual_params(edge, settings))
             text = []
             async with deadline(settings.request_timeout), edge.open() as session:
                 async for event in session.generate(ids, turn):
                     text.append(event.text)
                     if event.text and not request.as_json:
-                        sys.stdout.write(event.text)
+                        sys.stdout.write(for_stream(event.text, sys.stdout))
                         sys.stdout.flush()
             if request.as_json:
-                sys.stdout.write(_report("".join(text), turn, session.stats, edge) + "\n")
+                report = _report("".join(text), turn, session.stats, edge)
+                sys.stdout.write(for_stream(report, sys.stdout) + "\n")
             else:
                 sys.stdout.write("\n")
                 notify(_summary(turn, session.stats, edge.rows_released))
@@ -92,7 +85,7 @@ def _read_stdin() -> str:
 def _notifier(quiet: bool) -> Callable[[str], None]:
     def notify(line: str) -> None:
         if not quiet:
-            sys.stderr.write(line + "\n")
+            sys.stderr.write(printable(line) + "\n")
 
     return notify
 

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from edge_client.printable import printable
 from split_llama.errors import FlLlamaError, Unauthenticated
 
 INTERRUPTED = 130
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = arguments.run(arguments)
     except FlLlamaError as error:
         advice = "; here that is --api-key KEY" if isinstance(error, Unauthenticated) else ""
-        print(f"edge-client: {error.message}{advice}", file=sys.stderr)
+        print(printable(f"edge-client: {error.message}{advice}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED

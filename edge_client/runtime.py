@@ -287,6 +287,8 @@ def _load(
             adapter="",
             blocks=source.server_blocks,
             width=model.width,
+            # The same weights give other states in another compute type or on another kind of device.
+            numerics=f"{numerics.label} {numerics.compute} {numerics.device.type}",
             spec=spec,
         )
         model.use_noise(spec, PrefixNoise(StateFolder(settings.states()).secret(), scope))

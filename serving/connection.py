@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Collection
 
 from serving.admission import hello as hello_reply
 from serving.core import Core
 from serving.keys import Principal
 from serving.registry import Entry
+from serving.session import Phase
 from split_llama.errors import (
     BadFrame,
     BadRequest,
@@ -112,13 +114,11 @@ class Connection:
     @property
     def is_busy(self) -> bool:
         """Say whether answers are still to come."""
-        return any(
-            entry.session.running or entry.session.queued or not entry.verified for entry in self._entries.values()
-        )
+        return any(_is_pending(entry) for entry in self._entries.values())
 
-    async def wait_quiet(self) -> None:
-        """Wait until no answer is still to come."""
-        while self.is_busy:
+    async def wait_answered(self, handles: Collection[int]) -> None:
+        """Wait until these sessions have their answers, those left out that wait for room or for their rows."""
+        while any(_is_at_work(entry) for handle in handles if (entry := self._entries.get(handle)) is not None):
             self._changed.clear()
             await self._changed.wait()
 
@@ -129,19 +129,22 @@ class Connection:
             entry.unbind(now)
         self._entries.clear()
 
-    async def receive(self, message: bytes) -> None:
-        """Take in one message. Raises `ConnectionRefused` for what costs the connection."""
+    async def receive(self, message: bytes) -> set[int]:
+        """Take in one message; give the handles in it. Raises `ConnectionRefused` for what costs the connection."""
         self._core.metrics.bytes_in.inc(len(message))
         self._check_key()
         most = self._core.hosted.max_message_bytes
         if len(message) > most:
             raise FrameTooLarge(f"a message may have {most} bytes, {len(message)} came; send several messages")
         limit = self._core.hosted.max_frame_bytes
+        handles = set()
         for number, frame in enumerate(split_message(message, limit), start=1):
+            handles.add(frame.handle)
             self._dispatch(frame, len(message))
             if number % FRAMES_PER_TURN == 0:
                 # A message may hold thousands of empty frames: others must get their turn in between.
                 await asyncio.sleep(0)
+        return handles
 
     def _check_key(self) -> None:
         """A key may be revoked, or get other limits, while its connection lives."""
@@ -219,6 +222,15 @@ class Connection:
                 "OPEN or ATTACH first"
             )
         return entry
+
+
+def _is_pending(entry: Entry) -> bool:
+    return bool(entry.session.running or entry.session.queued) or not entry.verified
+
+
+def _is_at_work(entry: Entry) -> bool:
+    """Whether an answer comes without anything that others, or the edge, have to do first."""
+    return _is_pending(entry) and entry.session.phase not in (Phase.WAITING, Phase.LOST)
 
 
 def _own_payload(frame: Frame, message_bytes: int) -> Frame:

@@ -34,9 +34,11 @@ SEND_SECONDS = 20.0
 SENT_BYTES = 256 * 1024
 CLOSE_SECONDS = 3.0
 GOING_AWAY = 1001  # RFC 6455, section 7.4.1
-POST_SECONDS = 25.0
+# How long a POST is held back: while it is, its client sends nothing, and its other sessions wait.
+POST_SECONDS = 1.0
 IDLE_POST_SECONDS = 60.0
 CONNECTION_HEADER = "X-FL-Connection"
+PENDING_HEADER = "X-FL-Pending"
 FRAMES_TYPE = "application/octet-stream"
 _CONNECTION_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -214,15 +216,17 @@ def make_router(core: Core) -> APIRouter:
         connection = posted.find(name, principal)
         body = await _read_body(request, core.hosted.max_message_bytes)
         try:
-            await connection.receive(body)
-            if body:
-                await _wait_for_answers(connection)
+            handles = await connection.receive(body)
+            await _wait_for_answers(connection, handles)
             answer = b"".join(_drain(connection, core.hosted.max_message_bytes))
         except ConnectionRefused:
             posted.drop(name)
             raise
         core.metrics.bytes_out.inc(len(answer))
-        return Response(answer, media_type=FRAMES_TYPE) if answer else Response(status_code=204)
+        headers = {PENDING_HEADER: "1"} if connection.is_busy else {}
+        if not answer:
+            return Response(status_code=204, headers=headers)
+        return Response(answer, media_type=FRAMES_TYPE, headers=headers)
 
     return router
 
@@ -242,10 +246,14 @@ async def _read_body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-async def _wait_for_answers(connection: Connection) -> None:
+async def _wait_for_answers(connection: Connection, handles: set[int]) -> None:
+    """Wait for the answers of one body; without a body for any frame, as long as answers are to come."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(POST_SECONDS):
-            await connection.wait_quiet()
+            if handles:
+                await connection.wait_answered(handles)
+            elif connection.is_busy:
+                await connection.outbox.wait()
 
 
 def _drain(connection: Connection, limit: int) -> Iterator[bytes]:

@@ -1,9 +1,9 @@
 """Clip, calibrate, add: the noise on hidden states, one code path for inference and training.
 
 Noise is obfuscation: it raises an attacker's cost, and `docs/privacy.md` measures by how much. It is a pseudorandom
-function of the edge's secret, what produced the states (model, adapter, block range, noise setting) and the token
-prefix. So the same prefix gives the same noise in every session and after every restart, and nobody can average it
-away; a rejected draft has other noise because its prefix differs.
+function of the edge's secret, what produced the states (model, adapter, block range, numerics, noise setting) and the
+token prefix. So the same prefix gives the same noise in every session and after every restart, and nobody can average
+it away; a rejected draft has other noise because its prefix differs.
 
 The setting is part of the function because two releases of one row with the same unit noise at two strengths (or with
 two clip norms) are two equations that give the row exactly.
@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from split_llama.accountant import Accountant as Accountant
 from split_llama.config import BlockRange
 from split_llama.errors import UsageError
 
@@ -91,7 +92,8 @@ class NoiseScope:
     """What noise belongs to besides the tokens: everything that decides the states a prefix gives, and the setting.
 
     `model` and `adapter` are digests of the weights the edge runs (an adapter's name would not do: other weights under
-    the same name with the same noise would show their difference bare). `adapter` is empty without one.
+    the same name with the same noise would show their difference bare). `adapter` is empty without one. `numerics` says
+    in what types and on what kind of device they run: other numerics give slightly other states.
     """
 
     model: str
@@ -99,11 +101,12 @@ class NoiseScope:
     blocks: BlockRange
     width: int
     spec: NoiseSpec
+    numerics: str
 
     def encode(self) -> bytes:
         """Give one unambiguous byte string for the scope."""
         blocks = [self.blocks.start, self.blocks.stop]
-        fields = [self.model, self.adapter, blocks, self.width, self.spec.sigma, self.spec.clip]
+        fields = [self.model, self.adapter, blocks, self.width, self.numerics, self.spec.sigma, self.spec.clip]
         if self.spec.plugin:
             fields.append(self.spec.plugin)
         return json.dumps(fields, separators=(",", ":")).encode()
@@ -149,12 +152,6 @@ class PrefixNoise:
         """Give standard normal noise `[len(digests), width]` float32, row by row a function of its digest."""
         return normal_rows(digests, self.width)
 
-    def rows(self, tokens: Sequence[int], first: int) -> Floats:
-        """Give the unit noise of positions `first`.. of a whole token sequence."""
-        chain = NoiseChain(self)
-        chain.append(tokens)
-        return chain.rows(first)
-
 
 def normal_rows(digests: Sequence[bytes], width: int) -> Floats:
     """Give standard normal numbers `[len(digests), width]` float32, row by row a function of its digest."""
@@ -170,7 +167,7 @@ def normal_rows(digests: Sequence[bytes], width: int) -> Floats:
 
 
 class NoiseChain:
-    """The chain of one session: a digest per position, so that it advances token by token, rolls back and forks."""
+    """The chain of one session: a digest per position, so that it advances token by token and forks."""
 
     def __init__(self, noise: PrefixNoise) -> None:
         self._noise = noise
@@ -188,11 +185,6 @@ class NoiseChain:
         """Advance by `tokens`."""
         for token in tokens:
             self._digests.append(self._noise.extend(self.tip, token))
-
-    def truncate(self, length: int) -> None:
-        """Roll back to `length` tokens."""
-        assert 0 <= length <= len(self._digests), f"length {length} of {len(self._digests)}"
-        del self._digests[length:]
 
     def fork(self, at: int) -> NoiseChain:
         """Give a chain of its own for the first `at` tokens."""
@@ -212,32 +204,6 @@ class NoiseChain:
     def digests(self, first: int, stop: int | None = None) -> list[bytes]:
         """Give the digests of positions `[first, stop)`, as the accountant counts them."""
         return self._digests[first:stop]
-
-    def rows(self, first: int, stop: int | None = None) -> Floats:
-        """Give the unit noise `[n, width]` of positions `[first, stop)`."""
-        return self._noise.unit_rows(self.digests(first, stop))
-
-
-class Accountant:
-    """Counts the distinct rows released under one edge secret, rejected drafts included.
-
-    A row sent again (a replay, a shared prefix) is the same release. A digest binds partition, adapter and setting, so
-    changing one of them in mid-chat makes every row a second release.
-    """
-
-    def __init__(self) -> None:
-        self._released: set[bytes] = set()
-
-    @property
-    def rows(self) -> int:
-        """Distinct rows released so far."""
-        return len(self._released)
-
-    def charge(self, digests: Iterable[bytes]) -> int:
-        """Count rows about to be sent, exact ones left out by the caller; gives how many of them are new."""
-        before = len(self._released)
-        self._released.update(digests)
-        return len(self._released) - before
 
 
 def count_exact_rows(tokens: Sequence[int], first: int, bos_token_id: int | None) -> int:

@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import json
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -111,8 +111,11 @@ class FakeService:
         self._scripts[number] = read_script(messages)
         return [number, *range(sum(len(message["content"].split()) for message in messages))]
 
+    async def prepare(self, work: Callable[[], list[int]]) -> list[int]:
+        return work()
+
     @contextlib.asynccontextmanager
-    async def answer(self, ids: Sequence[int], params: GenerationParams) -> AsyncIterator[Any]:
+    async def answer(self, ids: Sequence[int], params: GenerationParams, *, owner: str = "") -> AsyncIterator[Any]:
         script = self._scripts[ids[0]]
         if script.words == ["settings"]:
             script = Script([repr(params)])
@@ -136,7 +139,7 @@ class FakeEdge:
         return SimpleNamespace(card=card, partition=SimpleNamespace(p=1, q=1))
 
     def params(self, **given: Any) -> Any:
-        sampling = SimpleNamespace(temperature=0.0, top_p=1.0)
+        sampling = SimpleNamespace(temperature=given["temperature"] or 0.0, top_p=given["top_p"] or 1.0)
         return SimpleNamespace(sampling=sampling, **given)
 
 

@@ -90,9 +90,11 @@ class SplitModelForCausalLM:
 
     def close(self) -> None:
         """Close all sessions and the connection. May be called twice."""
-        with contextlib.suppress(UsageError):
-            self._loop.run(self._stack.aclose())
-        self._loop.close()
+        try:
+            with contextlib.suppress(UsageError):
+                self._loop.run(self._stack.aclose())
+        finally:
+            self._loop.close()
 
     @property
     def device(self) -> torch.device:
@@ -118,7 +120,8 @@ class SplitModelForCausalLM:
         `FlLlamaError`, and `TypeError` for a keyword that is none.
         """
         defaults = self.edge.defaults
-        check_keywords("generate", list(keywords), list(GenerateKeywords.__annotations__))
+        known = [*GenerateKeywords.__annotations__, "input_ids", "attention_mask", "streamer"]
+        check_keywords("generate", list(keywords), known)
         batch = self._read(input_ids, attention_mask, keywords)
         options = read_options(
             keywords,

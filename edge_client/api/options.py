@@ -69,8 +69,7 @@ def check_keywords(function: str, given: Sequence[str], known: Sequence[str]) ->
 def read_options(
     keywords: GenerateKeywords, defaults: GenerationDefaults, *, pad: int | None, width: int, usual_new_tokens: int
 ) -> GenerateOptions:
-    """Fill in the defaults. `width` is the length of the padded prompts. Raises `TypeError` and `UsageError`."""
-    check_keywords("generate", list(keywords), [*GenerateKeywords.__annotations__, *("input_ids", "attention_mask")])
+    """Fill in the defaults. `width` is the length of the padded prompts. Raises `UsageError`."""
     eos = end_tokens(keywords, defaults)
     stop = keywords.get("stop_strings") or ()
     count = keywords.get("num_return_sequences", 1)

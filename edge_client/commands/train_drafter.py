@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_client.commands.loading import load_edge
+from edge_client.printable import printable
 from edge_client.settings import EdgeSettings
 from split_llama.errors import UsageError
 from split_llama.settings import add_flags
@@ -102,12 +103,12 @@ async def _collect(edge: EdgeRuntime, settings: EdgeSettings, arguments: argpars
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(printable(line) + "\n")
 
 
 def _progress(line: str) -> None:
     if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{line}")
+        sys.stderr.write(f"\r\x1b[K{printable(line)}")
         sys.stderr.flush()
 
 

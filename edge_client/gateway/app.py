@@ -16,14 +16,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from edge_client.gateway import chat_socket, page
 from edge_client.gateway.chat import chat
 from edge_client.gateway.completions import complete
-from edge_client.gateway.errors import error_body, error_response, json_response, no_such_model
+from edge_client.gateway.errors import error_body, error_response, json_response
 from edge_client.gateway.guard import Guard
 from edge_client.gateway.metrics import CONTENT_TYPE, GatewayMetrics
 from edge_client.gateway.requests import ChatRequest, CompletionRequest
 from edge_client.gateway.service import AnswerService
 from edge_client.gateway.settings import GatewaySettings
 from edge_client.gateway.tokens import DetokenizeRequest, TokenizeRequest, describe_tokenizer, detokenize, tokenize
-from edge_client.threads import in_thread
 from split_llama.errors import FlLlamaError
 
 NO_KEY_NEEDED = ("/health", "/version", "/metrics")
@@ -64,27 +63,23 @@ def _openai(service: AnswerService, settings: GatewaySettings) -> APIRouter:
         "max_model_len": service.edge.max_length,
     }
 
-    def check_model(name: str | None) -> None:
-        if name is not None and name != service.model:
-            raise no_such_model(name, service.model)
-
     @router.get("/models", summary="The model served")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [model]}
 
     @router.get("/models/{name:path}", summary="The same by its name")
     async def one_model(name: str) -> dict[str, Any]:
-        check_model(name)
+        service.check_model(name)
         return model
 
     @router.post("/completions", summary="Continue or score a prompt", response_class=Response)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        check_model(body.model)
+        service.check_model(body.model)
         return await complete(service, settings, body, request)
 
     @router.post("/chat/completions", summary="The next message of a conversation", response_class=Response)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        check_model(body.model)
+        service.check_model(body.model)
         return await chat(service, settings, body, request)
 
     return router
@@ -93,23 +88,19 @@ def _openai(service: AnswerService, settings: GatewaySettings) -> APIRouter:
 def _others(service: AnswerService) -> APIRouter:
     router = APIRouter()
 
-    def check_model(name: str | None) -> None:
-        if name is not None and name != service.model:
-            raise no_such_model(name, service.model)
-
     @router.post("/tokenize", tags=["tokens"], response_class=Response)
     async def to_ids(body: TokenizeRequest) -> Response:
-        check_model(body.model)
-        return json_response(await in_thread(lambda: tokenize(service, body)))
+        service.check_model(body.model)
+        return json_response(await service.blocking.run(lambda: tokenize(service, body)))
 
     @router.post("/detokenize", tags=["tokens"], response_class=Response)
     async def to_text(body: DetokenizeRequest) -> Response:
-        check_model(body.model)
-        return json_response(await in_thread(lambda: detokenize(service, body)))
+        service.check_model(body.model)
+        return json_response(await service.blocking.run(lambda: detokenize(service, body)))
 
     @router.get("/tokenizer_info", tags=["tokens"], response_class=Response)
     async def tokenizer_info() -> Response:
-        return json_response(await in_thread(lambda: describe_tokenizer(service)))
+        return json_response(await service.blocking.run(lambda: describe_tokenizer(service)))
 
     @router.get("/health", tags=["health"], summary="The gateway can answer; 503 while its server is lost")
     async def health() -> dict[str, Any]:

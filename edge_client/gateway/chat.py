@@ -14,6 +14,7 @@ from starlette.responses import Response
 from edge_client.gateway.chat_plan import ChatPlan, plan_chat
 from edge_client.gateway.errors import json_response
 from edge_client.gateway.logprobs import chat_logprobs
+from edge_client.gateway.owner import owner_of
 from edge_client.gateway.requests import ChatRequest
 from edge_client.gateway.runs import Item, Runner, collect
 from edge_client.gateway.service import Answer, AnswerService
@@ -21,7 +22,6 @@ from edge_client.gateway.settings import GatewaySettings
 from edge_client.gateway.streaming import EventStream, sse, unless_gone
 from edge_client.gateway.tool_calls import CallPiece, CallReader
 from edge_client.gateway.vocabulary import Vocabulary
-from edge_client.threads import in_thread
 from edge_client.turn import TokenEvent
 
 Delta = dict[str, Any]
@@ -31,8 +31,8 @@ async def chat(service: AnswerService, gateway: GatewaySettings, body: ChatReque
     """Answer the route. Raises `FlLlamaError`."""
     body.check()
     include_usage = body.include_usage()
-    plan = await in_thread(lambda: plan_chat(service, gateway, body))
-    run = _Run(service, gateway, plan)
+    plan = await service.prepare(lambda: plan_chat(service, gateway, body))
+    run = _Run(service, gateway, plan, owner_of(request.scope))
     if body.stream:
         return EventStream(run.chunks(include_usage), gateway.reader_timeout)
     return await unless_gone(request, run.whole())
@@ -41,8 +41,8 @@ async def chat(service: AnswerService, gateway: GatewaySettings, body: ChatReque
 class _Run:
     """One request under way."""
 
-    def __init__(self, service: AnswerService, gateway: GatewaySettings, plan: ChatPlan) -> None:
-        self._runner = Runner(service, gateway, [plan.job])
+    def __init__(self, service: AnswerService, gateway: GatewaySettings, plan: ChatPlan, owner: str) -> None:
+        self._runner = Runner(service, gateway, [plan.job], owner)
         readers = [plan.tools.reader() if plan.tools is not None else None for _ in plan.job.params]
         self._choices = [_Choice(service.vocabulary, reader) for reader in readers]
         self._head = {

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import from_json
 
-from split_llama.errors import BadRequest, FlLlamaError
+from split_llama.errors import BadRequest, ContextExceeded, FlLlamaError
 
 # What a browser asks for beside its key; the answer names it, never the key.
 SUBPROTOCOL = "fl-llama"
 KEY_PREFIX = "key."
+# Characters. A context of 200,000 tokens is about as long, and the event loop reads this in milliseconds.
+MAX_MESSAGE = 2**20
+FRONT = re.compile(r'\s*\{\s*"type"\s*:\s*"[a-z]*"\s*,\s*"id"\s*:\s*"([^"\\]{1,64})"')
 
 Identifier = Annotated[str, Field(min_length=1, max_length=64)]
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -140,22 +143,37 @@ Reply = Hello | Delta | Usage | Done | Error
 _REQUEST: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="type")])
 
 
-def parse_request(text: str) -> Request:
-    """Read a client's message. Raises `BadRequest` that names what is wrong in it."""
+def read_json(text: str) -> object:
+    """Read a client's message. Raises `BadRequest` for one that is no JSON object, `ContextExceeded` where too long."""
+    if len(text) > MAX_MESSAGE:
+        raise ContextExceeded(
+            f"the message has {len(text):,} characters, at most {MAX_MESSAGE:,} are possible; nothing was sent to the "
+            "server. Shorten the conversation"
+        )
     try:
-        return _REQUEST.validate_json(text)
+        raw = from_json(text)
+    except ValueError as error:
+        raise BadRequest(f"Invalid JSON: {error}. docs/chat.md describes every message") from error
+    if not isinstance(raw, dict):
+        raise BadRequest("expected an object, other JSON came. docs/chat.md describes every message")
+    return raw
+
+
+def parse_request(raw: object) -> Request:
+    """Check what was read. Raises `BadRequest` that names what is wrong in it."""
+    try:
+        return _REQUEST.validate_python(raw)
     except ValidationError as error:
         raise BadRequest(_explain(error)) from error
 
 
-def id_of(text: str) -> str | None:
-    """Find the id in a message that could not be read, so that its sender learns which one it was."""
-    try:
-        raw: Any = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    found = raw.get("id") if isinstance(raw, dict) else None
-    # Half a surrogate pair is a string to Python, and nothing that could be sent back.
+def id_of(text: str, raw: object) -> str | None:
+    """Find the id in a message that cannot be used, so that its sender learns which one it was.
+
+    `raw` is what was read of it; in one that was not read it is found where it stands in front.
+    """
+    front = FRONT.match(text)
+    found = raw.get("id") if isinstance(raw, dict) else front and front[1]
     return found if isinstance(found, str) and 0 < len(found) <= 64 and found.isprintable() else None
 
 

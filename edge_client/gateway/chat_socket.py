@@ -23,15 +23,18 @@ from edge_client.gateway.chat_messages import (
     Hello,
     Noise,
     Reply,
+    Request,
     Send,
     Usage,
     error_message,
     id_of,
     parse_request,
+    read_json,
 )
+from edge_client.gateway.owner import owner_of
 from edge_client.gateway.service import Answer, AnswerService
 from edge_client.generate import GenerationStats
-from edge_client.threads import in_thread
+from edge_client.usual_params import usual_params
 from split_llama.errors import BadRequest, FlLlamaError, LimitExceeded, ServerFault, SlowReader
 from split_llama.transport.address import ServerAddress
 
@@ -61,7 +64,8 @@ def router(service: AnswerService) -> APIRouter:
 def greeting(service: AnswerService) -> Hello:
     """Say what answers here, and what of it runs where."""
     edge, settings = service.edge, service.settings
-    card, partition, usual = edge.source.card, edge.source.partition, edge.params().sampling
+    card, partition = edge.source.card, edge.source.partition
+    usual = usual_params(edge, settings).sampling
     return Hello(
         model=service.model,
         max_model_len=edge.max_length,
@@ -109,18 +113,16 @@ class _Connection:
             message = await self._websocket.receive()
             if message["type"] == "websocket.disconnect":
                 return
-            text = message.get("text")
+            text, raw = message.get("text"), None
             try:
-                if text is None:
-                    raise BadRequest("expected JSON in a text message, a binary one came. docs/chat.md describes all")
-                self._take(text)
+                raw = _read(text)
+                self._take(parse_request(raw))
             except FlLlamaError as error:
-                self._post(error_message(error, id_of(text) if text is not None else None))
+                self._post(error_message(error, id_of(text or "", raw)))
             # An answer must have begun before the next message may cancel it.
             await asyncio.sleep(0)
 
-    def _take(self, text: str) -> None:
-        request = parse_request(text)
+    def _take(self, request: Request) -> None:
         if isinstance(request, Cancel):
             if (task := self._answers.get(request.id)) is not None:
                 _cancel(task)
@@ -174,15 +176,18 @@ class _Connection:
     @contextlib.asynccontextmanager
     async def _started(self, request: Send) -> AsyncIterator[Answer]:
         messages = [message.model_dump() for message in request.messages]
-        params = self._service.edge.params(
-            max_new_tokens=request.max_tokens or self._service.settings.max_new_tokens,
+        service = self._service
+        params = usual_params(
+            service.edge,
+            service.settings,
+            max_new_tokens=request.max_tokens,
             temperature=request.temperature,
             top_p=request.top_p,
             seed=request.seed,
         )
         # A long conversation takes the tokenizer a while, and the event loop never computes.
-        ids = await in_thread(lambda: self._service.chat_ids(messages))
-        async with self._service.answer(ids, params) as answer:
+        ids = await service.prepare(lambda: service.chat_ids(messages))
+        async with service.answer(ids, params, owner=owner_of(self._websocket.scope)) as answer:
             yield answer
 
     async def _stream(self, identifier: str, answer: Answer) -> FinishReason:
@@ -194,6 +199,12 @@ class _Connection:
                     said = time.monotonic()
                     self._post(_usage(identifier, answer))
         return answer.turn.finish_reason or "length"
+
+
+def _read(text: str | None) -> object:
+    if text is None:
+        raise BadRequest("expected JSON in a text message, a binary one came. docs/chat.md describes all")
+    return read_json(text)
 
 
 def _cancel(task: asyncio.Task[None]) -> None:

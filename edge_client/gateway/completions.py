@@ -14,12 +14,12 @@ from starlette.responses import Response
 
 from edge_client.gateway.errors import json_response
 from edge_client.gateway.logprobs import CompletionLogprobs
+from edge_client.gateway.owner import owner_of
 from edge_client.gateway.requests import CompletionRequest
 from edge_client.gateway.runs import Item, Job, Runner, collect, make_params
 from edge_client.gateway.service import Answer, AnswerService
 from edge_client.gateway.settings import GatewaySettings
 from edge_client.gateway.streaming import EventStream, sse, unless_gone
-from edge_client.threads import in_thread
 from edge_client.tokenizer import EdgeTokenizer
 from edge_client.turn import TokenLogprobs
 
@@ -33,7 +33,8 @@ async def complete(
     """Answer the route. Raises `FlLlamaError`."""
     body.check()
     include_usage = body.include_usage()
-    run = await in_thread(lambda: _Run(service, gateway, body))
+    owner = owner_of(request.scope)
+    run = await service.prepare(lambda: _Run(service, gateway, body, owner))
     if body.stream:
         return EventStream(run.chunks(include_usage), gateway.reader_timeout)
     return await unless_gone(request, run.whole())
@@ -42,10 +43,10 @@ async def complete(
 class _Run:
     """One request under way."""
 
-    def __init__(self, service: AnswerService, gateway: GatewaySettings, body: CompletionRequest) -> None:
+    def __init__(self, service: AnswerService, gateway: GatewaySettings, body: CompletionRequest, owner: str) -> None:
         self._service = service
         self._echo = bool(body.echo)
-        texts, jobs = [], []
+        echoes, jobs = [], []
         scored = body.logprobs if self._echo else None
         limit = MAX_TOKENS if body.max_tokens is None else body.max_tokens
         params = make_params(service, gateway, body, limit, logprobs=body.logprobs, prompt_logprobs=scored)
@@ -57,15 +58,15 @@ class _Run:
             # What cannot be answered is refused before anything is.
             service.edge.turn(ids, params[0])
             jobs.append(Job(ids, params))
-            texts.append(prompt if isinstance(prompt, str) else service.edge.tokenizer.decode(ids))
-        self._runner = Runner(service, gateway, jobs)
+            echoes.append(self._echoed(prompt))
+        self._runner = Runner(service, gateway, jobs, owner)
         self._choices: list[_Choice] = []
-        for job, text in zip(jobs, texts, strict=True):
+        for job, echo in zip(jobs, echoes, strict=True):
             # One choice scores the prompt for all.
             prompt_scores: list[TokenLogprobs] = []
             for _ in params:
                 logprobs = CompletionLogprobs(service.vocabulary) if body.logprobs is not None else None
-                about = _Prompt(job.ids, text if self._echo else None, prompt_scores)
+                about = _Prompt(job.ids, echo, prompt_scores)
                 self._choices.append(_Choice(len(self._choices), about, logprobs, service.edge.tokenizer))
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
@@ -73,6 +74,11 @@ class _Run:
             "created": int(time.time()),
             "model": service.model,
         }
+
+    def _echoed(self, prompt: str | list[int]) -> str | None:
+        if not self._echo:
+            return None
+        return prompt if isinstance(prompt, str) else self._service.edge.tokenizer.decode(prompt)
 
     async def whole(self) -> Response:
         """Give the answer in one piece."""

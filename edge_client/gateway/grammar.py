@@ -85,6 +85,12 @@ def _cannot_compile(param: str, reason: str) -> ApiError:
     return ApiError(f"{param} cannot be compiled: {said}", param=param, reason="invalid_schema")
 
 
+def _cannot_follow(reason: str) -> UsageError:
+    # What comes behind the first line is a trace; now and then there is no line at all.
+    said = reason.strip().partition("\n")[0][:MAX_REASON]
+    return UsageError(f"the grammar cannot be followed: {said or 'llguidance does not say why'}")
+
+
 @dataclass(frozen=True, slots=True)
 class Trigger:
     """A text behind which a grammar begins: anywhere in the answer (`many`) or only at its start; once, or `again`."""
@@ -159,7 +165,7 @@ class GrammarConstraint:
         """Rule out what the grammar does not allow next."""
         packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
-            raise UsageError(f"the grammar cannot be followed: {self._matcher.get_error().splitlines()[0][:500]}")
+            raise _cannot_follow(self._matcher.get_error())
         size = logits.shape[-1]
         allowed = np.zeros(size, np.uint8)
         bits = np.unpackbits(packed, bitorder="little")[:size]
@@ -176,4 +182,4 @@ class GrammarConstraint:
     def take(self, token: int) -> None:
         """Go on behind `token`."""
         if not self._matcher.consume_token(token):
-            raise UsageError(f"the grammar cannot be followed: {self._matcher.get_error().splitlines()[0][:500]}")
+            raise _cannot_follow(self._matcher.get_error())

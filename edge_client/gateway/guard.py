@@ -6,7 +6,6 @@ against DNS rebinding (a page of somebody's that makes its own name point here),
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import ipaddress
 from collections.abc import Collection, Sequence
@@ -19,9 +18,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge_client.gateway.chat_messages import key_of
 from edge_client.gateway.errors import ApiError, error_response
+from edge_client.gateway.owner import OWNER, digest_of
 from edge_client.gateway.settings import WILDCARD, GatewaySettings
 
 MAX_BODY_BYTES = 16 * 2**20
+# A length with more is too large, and with thousands more Python does not read it.
+MAX_LENGTH_DIGITS = 20
 TOO_LARGE = f"the request is larger than {MAX_BODY_BYTES // 2**20} MiB"
 PREFLIGHT_SECONDS = "600"
 POLICY_VIOLATION = 1008
@@ -36,7 +38,7 @@ class Guard:
     ) -> None:
         self._app = app
         self._settings = settings
-        self._digests = [_digest(key) for key in keys]
+        self._digests = [digest_of(key) for key in keys]
         self._open_paths = frozenset(open_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,19 +48,23 @@ class Guard:
             return
         headers = Headers(scope=scope)
         origin = headers.get("origin")
+        is_foreign = origin is not None and not _is_of(origin, headers)
+        # An allowed page elsewhere may read refusals as well.
+        answering = _with_cors(send, origin) if origin and is_foreign and self._is_allowed(origin) else send
         try:
             self._check_host(headers)
-            is_foreign = self._check_origin(headers, origin)
-            if is_foreign and _is_preflight(scope, headers):
-                await _allow(origin or "", headers)(scope, receive, send)
-                return
-            answering = _with_cors(send, origin) if is_foreign and origin is not None else send
-            self._check_key(scope, headers)
+            if origin is not None and is_foreign:
+                self._check_origin(origin)
+                if _is_preflight(scope, headers):
+                    await _allow(headers)(scope, receive, answering)
+                    return
+            owner = self._check_key(scope, headers)
             _check_size(headers)
         except ApiError as error:
-            await _refuse(error, scope, receive, send)
+            await _refuse(error, scope, receive, answering)
             return
-        await self._app(scope, _bounded(receive) if scope["type"] == "http" else receive, answering)
+        bounded = _bounded(receive) if scope["type"] == "http" else receive
+        await self._app({**scope, OWNER: owner}, bounded, answering)
 
     def _check_host(self, headers: Headers) -> None:
         host = headers.get("host", "")
@@ -82,30 +88,29 @@ class Guard:
         # Nobody's DNS points at a bare address; on the network this machine has several.
         return address.is_loopback or not self._settings.is_loopback
 
-    def _check_origin(self, headers: Headers, origin: str | None) -> bool:
-        """Give whether the request comes from another site's page that is allowed."""
-        if origin is None:
-            return False
-        if _is_plain(origin) and urlsplit(origin).netloc == headers.get("host"):
-            return False
+    def _is_allowed(self, origin: str) -> bool:
         allowed = self._settings.allowed_origins
-        if WILDCARD in allowed or origin in allowed:
-            return True
+        return WILDCARD in allowed or origin.lower() in allowed
+
+    def _check_origin(self, origin: str) -> None:
+        if self._is_allowed(origin):
+            return
         raise ApiError(
             f"pages of {origin} may not use this gateway; start it with --allowed-origins {origin}",
             reason="origin_not_allowed",
             http_status=403,
         )
 
-    def _check_key(self, scope: Scope, headers: Headers) -> None:
+    def _check_key(self, scope: Scope, headers: Headers) -> str:
+        """Give the owner of what the request makes: the hash of its key, or "" where none is needed."""
         is_open = scope["path"] in self._open_paths and scope.get("method") in ("GET", "HEAD")
         if not self._digests or is_open:
-            return
+            return ""
         given = headers.get("authorization", "")
         key = given[len(BEARER) :].strip() if given[: len(BEARER)].lower() == BEARER else None
         if key is None and scope["type"] == "websocket":
             key = key_of(scope.get("subprotocols", []))
-        digest = _digest(key or "")
+        digest = digest_of(key or "")
         # Every key is compared, so that the time tells nothing.
         if not sum(hmac.compare_digest(digest, known) for known in self._digests):
             raise ApiError(
@@ -113,11 +118,12 @@ class Guard:
                 reason="invalid_api_key",
                 http_status=401,
             )
+        return digest.hex()
 
 
-def _digest(key: str) -> bytes:
-    # Digests have one length, and comparing them tells nothing about the key.
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def _is_of(origin: str, headers: Headers) -> bool:
+    """Say whether a page is this gateway's own."""
+    return _is_plain(origin) and urlsplit(origin).netloc.lower() == headers.get("host", "").lower()
 
 
 def _is_plain(text: str) -> bool:
@@ -133,13 +139,11 @@ def _is_preflight(scope: Scope, headers: Headers) -> bool:
     return scope.get("method") == "OPTIONS" and "access-control-request-method" in headers
 
 
-def _allow(origin: str, headers: Headers) -> Response:
+def _allow(headers: Headers) -> Response:
     allowed = {
-        "Access-Control-Allow-Origin": origin,
         "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
         "Access-Control-Allow-Headers": headers.get("access-control-request-headers", "authorization, content-type"),
         "Access-Control-Max-Age": PREFLIGHT_SECONDS,
-        "Vary": "Origin",
     }
     return Response(status_code=204, headers=allowed)
 
@@ -157,7 +161,7 @@ def _with_cors(send: Send, origin: str) -> Send:
 
 def _check_size(headers: Headers) -> None:
     length = headers.get("content-length", "0")
-    if length.isdigit() and int(length) > MAX_BODY_BYTES:
+    if length.isascii() and length.isdigit() and (len(length) > MAX_LENGTH_DIGITS or int(length) > MAX_BODY_BYTES):
         raise ApiError(TOO_LARGE, reason="http_413", http_status=413)
 
 

@@ -47,11 +47,14 @@ class GatewayMetrics:
         """Add a gauge whose value is read whenever somebody asks."""
         Gauge(name, text, namespace=PREFIX, registry=self.registry).set_function(read)
 
+    def count_prompt(self, stats: GenerationStats) -> None:
+        """Count the prompt of an answer; of several answers to one prompt that of the first."""
+        self.prompt_tokens.inc(stats.prompt_tokens)
+        self.cached_tokens.inc(stats.cached_tokens)
+
     def count(self, stats: GenerationStats, tokens: int, ended: str) -> None:
         """Count an answer that is over, however it ended."""
         self.answers.labels(ended).inc()
-        self.prompt_tokens.inc(stats.prompt_tokens)
-        self.cached_tokens.inc(stats.cached_tokens)
         self.generation_tokens.inc(tokens)
         self.round_trips.inc(stats.round_trips)
         self.bytes_up.inc(stats.bytes_up)

@@ -15,7 +15,8 @@ RETRY_MS = 2000
 class Places:
     """`places` answers run at once, and at most `queue` takers wait for theirs."""
 
-    def __init__(self, places: int, queue: int) -> None:
+    def __init__(self, places: int, queue: int, *, doing: str = "answers are being made") -> None:
+        self._doing = doing
         self._places = places
         self._free = places
         self._queue = queue
@@ -35,7 +36,7 @@ class Places:
         """Raise `LimitExceeded` when a newcomer would find the line full."""
         if (self._line or self._free == 0) and len(self._line) >= self._queue:
             raise LimitExceeded(
-                f"{self.running} answers are being made and {self.waiting} requests wait; try again soon",
+                f"{self.running} {self._doing} and {self.waiting} requests wait; try again soon",
                 retry_after_ms=RETRY_MS,
             )
 
@@ -43,13 +44,14 @@ class Places:
     async def take(self, count: int = 1) -> AsyncIterator[None]:
         """Hold `count` places for the block; waits for them."""
         assert count <= self._places, "nobody can have more places than there are"
-        await self._acquire(count)
+        await self.acquire(count)
         try:
             yield
         finally:
-            self._release(count)
+            self.release(count)
 
-    async def _acquire(self, count: int) -> None:
+    async def acquire(self, count: int = 1) -> None:
+        """Wait for `count` places, which stay taken until `release`."""
         if not self._line and self._free >= count:
             self._free -= count
             return
@@ -65,10 +67,11 @@ class Places:
                 self._grant()
             else:
                 # The places came at the very moment of the cancellation.
-                self._release(count)
+                self.release(count)
             raise
 
-    def _release(self, count: int) -> None:
+    def release(self, count: int = 1) -> None:
+        """Give places back, to those in the line first."""
         self._free += count
         self._grant()
 

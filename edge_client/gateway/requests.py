@@ -15,6 +15,8 @@ from edge_client.gateway.errors import ApiError, unsupported
 MAX_ALTERNATIVES = 20
 MAX_STOPS = 16
 MAX_PROMPTS = 2048
+# Those of 2**31, more than any vocabulary; Python itself refuses to read thousands.
+MAX_ID_DIGITS = 10
 
 # Field -> the values under which it asks for nothing, and what to do instead.
 _BOTH: Mapping[str, tuple[tuple[Any, ...], str]] = {
@@ -112,9 +114,13 @@ class AnyRequest(ApiModel):
     def _bias(self) -> dict[int, float] | None:
         if not self.logit_bias:
             return None
-        if not all(token.isascii() and token.isdigit() for token in self.logit_bias):
+        if not all(_is_id(token) for token in self.logit_bias):
             raise ApiError("logit_bias must name tokens by their ids", param="logit_bias")
         return {int(token): bias for token, bias in self.logit_bias.items()}
+
+
+def _is_id(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= MAX_ID_DIGITS
 
 
 class CompletionRequest(AnyRequest):

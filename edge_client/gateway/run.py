@@ -13,9 +13,10 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
 import uvicorn
-from tqdm import tqdm
 
+from edge_client.answer import progress_bar
 from edge_client.gateway.app import create_app
+from edge_client.gateway.chat_messages import MAX_MESSAGE
 from edge_client.gateway.service import AnswerService
 from edge_client.gateway.settings import GatewaySettings
 from edge_client.rest import ModelCard
@@ -28,7 +29,8 @@ UNSENT_MS = 30_000
 LINGER_SECONDS = 3
 MAX_HEADER_BYTES = 64 * 1024
 PING_SECONDS = 20.0
-WS_MAX_BYTES = 16 * 2**20
+# What is longer than the chat takes is refused in words up to here, and ends its connection beyond.
+WS_MAX_BYTES = 4 * MAX_MESSAGE
 FORCED_EXIT = 130
 # uvicorn logs these as errors; the first is a refused handshake, the second a stream that nobody reads.
 NOISE = (
@@ -110,12 +112,7 @@ async def _until_stopped(work: Coroutine[Any, Any, None]) -> None:
 
 
 async def _serve(settings: EdgeSettings, gateway: GatewaySettings, card: ModelCard, bound: socket.socket) -> None:
-    with tqdm(unit="B", unit_scale=True, desc="fetching weights", delay=0.3, leave=False, disable=None) as bar:
-
-        def progress(present: int, total: int) -> None:
-            bar.total = total
-            bar.update(present - bar.n)
-
+    with progress_bar(quiet=False) as progress:
         source = await in_thread(lambda: prepare(settings, card=card, progress=progress, notify=log.info))
     async with (
         EdgeRuntime.connect(settings, max_sessions=gateway.max_concurrent, source=source) as edge,

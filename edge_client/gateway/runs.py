@@ -16,6 +16,7 @@ from edge_client.gateway.service import Answer, AnswerService
 from edge_client.gateway.settings import GatewaySettings
 from edge_client.gateway.streaming import merge
 from edge_client.turn import GenerationParams, TokenEvent
+from edge_client.usual_params import usual_params
 
 # First the answer itself, once its prompt was read (and scored), then its tokens.
 Item = Answer | TokenEvent
@@ -32,11 +33,12 @@ class Job:
 class Runner:
     """Runs jobs on the service and remembers their answers."""
 
-    def __init__(self, service: AnswerService, gateway: GatewaySettings, jobs: Sequence[Job]) -> None:
+    def __init__(self, service: AnswerService, gateway: GatewaySettings, jobs: Sequence[Job], owner: str) -> None:
         self._service = service
         self._at_once = gateway.max_concurrent
         self._jobs = jobs
-        self._answers: list[tuple[Answer, bool]] = []
+        self._owner = owner
+        self._answers: list[Answer] = []
 
     async def items(self) -> AsyncGenerator[tuple[int, Item], None]:
         """Give (index of the choice, item). Choices are numbered through: those of the first prompt first."""
@@ -54,8 +56,9 @@ class Runner:
             groups = [job.params[:1], others]
         first = 0
         for group in groups:
-            async with self._service.answers(job.ids, group) as answers:
-                self._answers += [(answer, first == 0 and len(answers) == 1) for answer in answers]
+            async with self._service.answers(job.ids, group, owner=self._owner) as answers:
+                answers[0].counts_prompt = first == 0
+                self._answers += answers
                 sources = [partial(_items, answer) for answer in answers]
                 async with contextlib.aclosing(merge(sources, len(sources))) as found:
                     async for place, item in found:
@@ -65,11 +68,11 @@ class Runner:
     def usage(self) -> dict[str, Any]:
         """Give OpenAI's usage object. A prompt counts once, however many choices it has."""
         prompt = sum(len(job.ids) for job in self._jobs)
-        completion = sum(len(answer.turn.tokens) for answer, _ in self._answers)
-        accepted = sum(answer.stats.accepted for answer, _ in self._answers)
-        drafted = sum(answer.stats.drafted for answer, _ in self._answers)
+        completion = sum(len(answer.turn.tokens) for answer in self._answers)
+        accepted = sum(answer.stats.accepted for answer in self._answers)
+        drafted = sum(answer.stats.drafted for answer in self._answers)
         # Choices of one prompt have it from each other: only what was there before the request counts.
-        cached = sum(answer.stats.cached_tokens for answer, is_first in self._answers if is_first)
+        cached = sum(answer.stats.cached_tokens for answer in self._answers if answer.counts_prompt)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -99,27 +102,23 @@ def make_params(
 ) -> list[GenerationParams]:
     """Give the params of each of the request's choices; `extras` are fields of `GenerationParams`.
 
-    What the request leaves open is as the edge was started, and else as the checkpoint says.
     Raises `ApiError`, `UsageError`.
     """
     count = 1 if request.n is None else request.n
     most = min(gateway.max_n, gateway.max_concurrent)
     if count > most:
         raise ApiError(f"n is {count}, at most {most} choices are possible here (--max-n)", param="n")
-    sampling = request.sampling()
-    usual = service.settings
-    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
-        if sampling[name] is None:
-            sampling[name] = getattr(usual, name)
-    seed = usual.seed if request.seed is None else request.seed
+    seed = service.settings.seed if request.seed is None else request.seed
     choices = []
     for choice in range(count):
-        params = service.edge.params(
+        params = usual_params(
+            service.edge,
+            service.settings,
             max_new_tokens=max_new_tokens,
-            stop=(*usual.stop, *request.stops()),
+            stop=request.stops(),
             ignore_eos=bool(request.ignore_eos),
             seed=None if seed is None else seed + choice,
-            **sampling,
+            **request.sampling(),
         )
         eos = (*params.eos_token_ids, *(request.stop_token_ids or ()))
         choices.append(dataclasses.replace(params, eos_token_ids=eos, **extras))

@@ -60,6 +60,12 @@ class GatewaySettings:
     )
     log_level: str = setting("info", "how much to log", choices=LOG_LEVELS)
 
+    def __post_init__(self) -> None:
+        # Names are compared with what `urlsplit` and browsers give, which is lower case.
+        object.__setattr__(self, "host", self.host.lower())
+        for field in ("allowed_hosts", "allowed_origins"):
+            object.__setattr__(self, field, tuple(name.lower() for name in getattr(self, field)))
+
     @property
     def is_loopback(self) -> bool:
         """Say whether only this machine can connect."""

@@ -120,7 +120,8 @@ def _load(geometry: Geometry, numerics: Numerics) -> EdgeModel:
     if geometry.noise.is_on:
         spec = geometry.noise.with_clip(1.0)
         blocks = geometry.partition.segment_b(geometry.config.num_hidden_layers)
-        model.use_noise(spec, PrefixNoise(secrets.token_bytes(32), NoiseScope("plan", "", blocks, model.width, spec)))
+        scope = NoiseScope("plan", "", blocks, model.width, spec, numerics.label)
+        model.use_noise(spec, PrefixNoise(secrets.token_bytes(32), scope))
     return model
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from edge_client.printable import printable
+
 Notify = Callable[[str], None]
 
 
@@ -13,6 +15,6 @@ def notifier(quiet: bool) -> Notify:
 
     def notify(line: str) -> None:
         if not quiet:
-            sys.stderr.write(line + "\n")
+            sys.stderr.write(printable(line) + "\n")
 
     return notify

@@ -15,14 +15,24 @@ LONGEST_CHAIN = 16
 # Chance that the token after a match of so many tokens comes again; a pace calibrates what it makes of them.
 CHANCES = {2: 0.4, 3: 0.55, 4: 0.65, 5: 0.72, 6: 0.78, 7: 0.82, 8: 0.85}
 TOKENS_COMPARED = 64
-# Sequences whose index is kept; the least recently used one goes.
+# Sequences whose index is kept, and their tokens in all (some 200 bytes each); the least recently used ones go.
 KEPT_SEQUENCES = 64
+KEPT_TOKENS = 2**18
+# Of more new tokens than this the last ones are indexed: building an index holds up all other sessions (some 10 ms).
+TOKENS_AT_ONCE = 2**14
 
 
 class TailIndex:
-    """Where each pair of tokens in a growing sequence ended, the newest excepted: it has no follower yet."""
+    """Where each pair of tokens in a growing sequence ended, the newest excepted: it has no follower yet.
+
+    Of a long text only the end is known: `size` tokens of the `len` it has. Positions count from where that begins.
+    """
 
     def __init__(self) -> None:
+        self._begin(0)
+
+    def _begin(self, start: int) -> None:
+        self._start = start
         self._tokens: list[int] = []
         # Where a pair of tokens, as one number, ended last, and for each end that of the same pair before, or 0.
         # Numbers only: thousands of small lists would keep the garbage collector busy.
@@ -30,6 +40,11 @@ class TailIndex:
         self._before: list[int] = [0, 0]
 
     def __len__(self) -> int:
+        return self._start + len(self._tokens)
+
+    @property
+    def size(self) -> int:
+        """Tokens that are indexed."""
         return len(self._tokens)
 
     def holds(self, tokens: Sequence[int]) -> bool:
@@ -38,14 +53,16 @@ class TailIndex:
         Comparing all of a long text at each token would cost more than all else here. Two texts that agree so far back
         at the same place may well share an index: a wrong guess is only a guess.
         """
-        count = len(self._tokens)
-        begin = max(0, count - TOKENS_COMPARED)
-        return len(tokens) >= count and list(tokens[begin:count]) == self._tokens[begin:]
+        count = len(self)
+        begin = max(self._start, count - TOKENS_COMPARED)
+        return len(tokens) >= count and list(tokens[begin:count]) == self._tokens[begin - self._start :]
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Take the whole sequence, which continues what is indexed."""
+        """Take the whole sequence, which continues what is indexed; what is too much is left out at its beginning."""
+        if len(tokens) - len(self) > TOKENS_AT_ONCE or len(tokens) - self._start > KEPT_TOKENS:
+            self._begin(max(0, len(tokens) - TOKENS_AT_ONCE))
         begin = len(self._tokens)
-        self._tokens.extend(tokens[begin:])
+        self._tokens.extend(tokens[len(self) :])
         # A pair counts once a token follows it.
         for end in range(max(SHORTEST_MATCH, begin), len(self._tokens)):
             pair = self._pair(end)
@@ -92,8 +109,8 @@ class TailIndex:
 class PromptLookup:
     """Proposes a chain: what followed the latest occurrence of the longest tail of 8 to 2 tokens.
 
-    The index of a sequence is kept under its first tokens and extended as the sequence grows, so that a proposal costs
-    microseconds however long the text is.
+    The index of a sequence is kept and extended as the sequence grows, so that a proposal costs microseconds however
+    long the text is.
     """
 
     def __init__(self) -> None:
@@ -108,6 +125,7 @@ class PromptLookup:
         """Give what may follow and each token's chance, given that those before it were right."""
         index = self._index(tokens)
         index.extend(tokens)
+        self._forget()
         match = index.longest()
         if match is None:
             return [], []
@@ -138,6 +156,11 @@ class PromptLookup:
             return self._indices[key]
         index = self._indices[self._next] = TailIndex()
         self._next += 1
-        if len(self._indices) > KEPT_SEQUENCES:
-            self._indices.popitem(last=False)
         return index
+
+    def _forget(self) -> None:
+        """Drop the least recently used indices beyond what is kept; the one in use is within the limits."""
+        size = sum(index.size for index in self._indices.values())
+        while len(self._indices) > KEPT_SEQUENCES or size > KEPT_TOKENS:
+            _, index = self._indices.popitem(last=False)
+            size -= index.size

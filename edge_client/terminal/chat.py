@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 
-from edge_client.answer import describe_noise as describe_noise
+from edge_client.answer import describe_noise
 from edge_client.deadline import deadline
 from edge_client.runtime import EdgeRuntime
 from edge_client.terminal import saved
@@ -17,7 +17,7 @@ from edge_client.terminal.screens import Screen
 from edge_client.terminal.status import Totals, report
 from edge_client.threads import in_thread
 from edge_client.transcript import known_answer, next_ids
-from edge_client.turn import GenerationParams
+from edge_client.usual_params import usual_params
 from split_llama.errors import (
     ConnectionRefused,
     ContextExceeded,
@@ -136,22 +136,9 @@ class Chat:
 
     async def _ask_once(self, ids: list[int], made: Made) -> None:
         edge = await self._connection.edge()
-        params = self._params(edge)
+        params = usual_params(edge, self._connection.settings)
         async with deadline(self._connection.settings.request_timeout):
             await make_answer(edge, ids, params, made, show=self._screen.write, notify=self._screen.notice)
-
-    def _params(self, edge: EdgeRuntime) -> GenerationParams:
-        settings = self._connection.settings
-        return edge.params(
-            max_new_tokens=settings.max_new_tokens,
-            stop=settings.stop,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            min_p=settings.min_p,
-            repetition_penalty=settings.repetition_penalty,
-            seed=settings.seed,
-        )
 
     def _keep(self, message: str, rendering: str, ids: list[int], made: Made, edge: EdgeRuntime) -> None:
         def show(tokens: Sequence[int]) -> str:

@@ -14,6 +14,7 @@ from edge_client.settings import EdgeSettings
 from edge_client.threads import in_thread
 from edge_client.weights import Progress
 from split_llama.errors import ServerUnreachable, UsageError
+from split_llama.noise import Accountant
 
 # The conversation, and what an answer to it is made on.
 MAX_SESSIONS = 2
@@ -33,7 +34,8 @@ class Connection:
         self._progress = progress
         self._stack = contextlib.AsyncExitStack()
         self._edge: EdgeRuntime | None = None
-        self._released_before = 0
+        # One for all edges: what another edge sends again with the same noise is the same release.
+        self._accountant = Accountant()
 
     @property
     def is_open(self) -> bool:
@@ -48,30 +50,36 @@ class Connection:
     @property
     def rows_released(self) -> int:
         """Distinct noised rows sent so far."""
-        return self._released_before + (self._edge.rows_released if self._edge is not None else 0)
+        return self._accountant.rows
 
     async def edge(self) -> EdgeRuntime:
         """Give the edge; connect if there is none, and wait for the server. Raises `FlLlamaError`."""
         if self._edge is None:
             self._edge = await self._connect()
+            self._edge.model.accountant = self._accountant
         return self._edge
 
     async def change(self, changes: Mapping[str, str]) -> None:
         """Use other settings from now on, through another edge. Where they cannot be used, nothing changes.
 
-        Raises `FlLlamaError`.
+        Then the next edge is made from the old ones, when it is wanted. Raises `FlLlamaError`.
         """
         settings = _checked(self.settings, changes)
         source = self.source
         if settings.partition != self.settings.partition:
             source = await in_thread(lambda: prepare(settings, progress=self._progress, notify=self._notify))
+        before = self.settings, self.source
         await self.drop()
         self.settings, self.source = settings, source
-        await self.edge()
+        try:
+            await self.edge()
+        except BaseException:
+            # An interrupted wait for the server included.
+            self.settings, self.source = before
+            raise
 
     async def drop(self) -> None:
         """Close the edge; the next one is made when it is wanted."""
-        self._released_before = self.rows_released
         self._edge = None
         await self._stack.aclose()
 

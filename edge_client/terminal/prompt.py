@@ -20,12 +20,11 @@ from prompt_toolkit.input import Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import Output
 
+from edge_client.printable import printable
 from edge_client.terminal.commands import COMMANDS, is_open_quote
 from split_llama.errors import UsageError
 
 PROMPT, CONTINUATION = "> ", "  "
-# What a model writes is text, never an order to the terminal: control characters are shown as what they are not.
-CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"} | {0x0D: ""}
 
 
 class TerminalScreen:
@@ -71,12 +70,12 @@ class TerminalScreen:
     def write(self, text: str) -> None:
         """Show a piece of an answer."""
         if text:
-            self._put(text.translate(CONTROLS))
+            self._put(printable(text))
 
     def notice(self, text: str) -> None:
         """Show lines with a mark before them."""
         self.end_answer()
-        self._put("".join(f"· {line}\n" for line in text.translate(CONTROLS).splitlines()))
+        self._put("".join(f"· {line}\n" for line in printable(text).splitlines()))
 
     def end_answer(self) -> None:
         """Begin a new line unless there is one."""

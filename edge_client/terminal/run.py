@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edge_client.answer import describe_noise as describe_noise
-from edge_client.answer import progress_bar as progress_bar
+from edge_client.answer import describe_noise, progress_bar
+from edge_client.printable import printable
 from edge_client.rest import ModelCard
 from edge_client.runtime import prepare
 from edge_client.settings import EdgeSettings
@@ -78,4 +78,4 @@ def _greet(screen: Screen, connection: Connection, options: ChatOptions) -> None
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(printable(line) + "\n")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol, TextIO
 
+from edge_client.printable import for_stream, printable
 from edge_client.threads import in_thread
 from split_llama.errors import UsageError
 
@@ -42,7 +43,10 @@ class Screen(Protocol):
 
 
 class PlainScreen:
-    """A line is a message, answers go to stdout, everything else to stderr; no escape codes. Ctrl-C ends the chat."""
+    """A line is a message, answers go to stdout, everything else to stderr; no escape codes. Ctrl-C ends the chat.
+
+    Answers are written as they are, but for control characters where a terminal would obey them.
+    """
 
     is_interactive = False
 
@@ -61,12 +65,12 @@ class PlainScreen:
 
     def write(self, text: str) -> None:
         """Write at once: whoever reads may wait for it."""
-        self._answers.write(text)
+        self._answers.write(for_stream(text, self._answers))
         self._answers.flush()
 
     def notice(self, text: str) -> None:
         """Write to stderr."""
-        self._notices.write(text + "\n")
+        self._notices.write(printable(text) + "\n")
         self._notices.flush()
 
     def end_answer(self) -> None:

@@ -1,7 +1,8 @@
 """The same frames by HTTP POST, where WebSocket is blocked.
 
 One request is under way at a time, so neither requests nor their answers can overtake each other; what is sent
-meanwhile goes together in the next one. An idle channel asks with an empty body whether there is something to fetch.
+meanwhile goes together in the next one. A channel asks with an empty body whether there is something to fetch: at once
+while the server says that answers are still to come, else now and then.
 """
 
 from __future__ import annotations
@@ -19,19 +20,22 @@ from split_llama.transport.address import ServerAddress, authorization
 from split_llama.transport.base import INTERNAL_ERROR, LINK_LOST, NORMAL_CLOSE, Channel, ChannelClosed, Pipe
 
 CONNECTION_HEADER = "X-FL-Connection"
+PENDING_HEADER = "X-FL-Pending"
 FRAMES_TYPE = "application/octet-stream"
 DEFAULT_MAX_BODY_BYTES = 2**20
 QUEUED_MESSAGES = 64
 CLOSE_SECONDS = 2.0
+# A question is held back by the server, and holds up what is sent meanwhile: what was just answered may lead to more.
+GRACE_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
 class HttpTransport:
     """Opens channels that POST to `url` (`http(s)://host:port[/root-path]`).
 
-    `read_timeout` must exceed the 25 seconds a server may hold a request back; `poll_seconds` is how long a channel
-    stays idle before it asks, and such a question is answered at once, or `poll_timeout` ends the channel. Proxies of
-    the environment are honoured, redirects are not followed.
+    `read_timeout` must exceed the second or so that a server holds a request back; `poll_seconds` is how long an idle
+    channel waits before it asks, and such a question is answered about as soon, or `poll_timeout` ends the channel.
+    Proxies of the environment are honoured, redirects are not followed.
     """
 
     url: str
@@ -95,12 +99,17 @@ class HttpChannel:
 
     async def _work(self) -> None:
         try:
+            idle_seconds = self._poll_seconds
             while True:
-                body = await self._next_body()
+                body = await self._next_body(idle_seconds)
                 patience = self._client.timeout if body else self._poll_timeout
-                answer = await _request(self._client, "POST", self._url, body, FRAMES_TYPE, patience)
+                response = await _request(self._client, "POST", self._url, body, FRAMES_TYPE, patience)
+                answer: bytes = response.content
                 if answer:
                     await self._incoming.put(answer)
+                idle_seconds = self._poll_seconds
+                if PENDING_HEADER in response.headers:
+                    idle_seconds = min(GRACE_SECONDS, idle_seconds) if answer else 0.0
         except ChannelClosed as closed:
             self._end(closed.code, closed.reason, None)
         except FlLlamaError as error:
@@ -108,9 +117,10 @@ class HttpChannel:
         except Exception as error:
             self._end(INTERNAL_ERROR, f"the HTTP channel failed: {error!r}", error)
 
-    async def _next_body(self) -> bytes:
+    async def _next_body(self, idle_seconds: float) -> bytes:
+        """Give what is to be sent; nothing if that takes longer than `idle_seconds`."""
         try:
-            async with asyncio.timeout(self._poll_seconds):
+            async with asyncio.timeout(idle_seconds):
                 first = await self._outgoing.get()
         except TimeoutError:
             return b""
@@ -123,7 +133,7 @@ class HttpChannel:
 
 async def _request(
     client: httpx.AsyncClient, method: str, url: str, body: bytes, expected_type: str, patience: httpx.Timeout
-) -> bytes:
+) -> httpx.Response:
     headers = {"Content-Type": FRAMES_TYPE} if body else {}
     try:
         response = await client.request(method, url, content=body, headers=headers, timeout=patience)
@@ -131,9 +141,8 @@ async def _request(
         raise failures.unreachable(url, failure) from failure
     content_type = response.headers.get("Content-Type", "")
     if response.status_code == httpx.codes.NO_CONTENT:
-        return b""
+        return response
     if response.status_code != httpx.codes.OK or expected_type not in content_type:
         retry_after = response.headers.get("Retry-After", "")
         raise failures.refused(url, response.status_code, content_type, response.content, retry_after)
-    answer: bytes = response.content
-    return answer
+    return response

@@ -22,7 +22,8 @@ def model(folder: Path, partition: Partition, noise: str) -> EdgeModel:
     edge = EdgeModel(Checkpoint.open(folder), partition, Codec.FP16, placed)
     spec = NoiseSpec.parse(noise)
     blocks = BlockRange(partition.p, 4 - partition.q)
-    edge.use_noise(spec, PrefixNoise(b"s" * 32, NoiseScope("digest", "", blocks, edge.width, spec)))
+    scope = NoiseScope("digest", "", blocks, edge.width, spec, "float32")
+    edge.use_noise(spec, PrefixNoise(b"s" * 32, scope))
     return edge
 
 

@@ -295,6 +295,19 @@ def test_closed_and_unreachable_models(url: str, state: dict[str, Any]) -> None:
     assert_ended(before)
 
 
+def test_a_failure_while_closing_ends_the_thread_all_the_same(url: str, state: dict[str, Any]) -> None:
+    before = set(threading.enumerate())
+    model = SplitModelForCausalLM.from_server(url, **state)
+
+    async def fail() -> None:
+        raise OSError("no")
+
+    model._stack.push_async_callback(fail)
+    with pytest.raises(OSError, match="no"):
+        model.close()
+    assert_ended(before)
+
+
 def assert_ended(before: set[threading.Thread]) -> None:
     """All threads begun since `before` end; one may still be on its last line."""
     begun = set(threading.enumerate()) - before

@@ -129,7 +129,7 @@ def test_the_setting_takes_a_name() -> None:
 
 
 def scope(spec: NoiseSpec) -> NoiseScope:
-    return NoiseScope(model="m", adapter="", blocks=BlockRange(1, 3), width=8, spec=spec)
+    return NoiseScope(model="m", adapter="", blocks=BlockRange(1, 3), width=8, spec=spec, numerics="float32")
 
 
 def test_a_plugin_has_a_chain_of_its_own_and_others_keep_theirs() -> None:
@@ -139,7 +139,7 @@ def test_a_plugin_has_a_chain_of_its_own_and_others_keep_theirs() -> None:
     assert plugin.with_clip(3.0) == plugin
     roots = {PrefixNoise(secret, scope(spec)).root for spec in (plugin, NoiseSpec(0.1), NoiseSpec.parse("own_noise:B"))}
     assert len(roots) == 3
-    assert scope(NoiseSpec(0.1, 2.0)).encode() == b'["m","",[1,3],8,0.1,2.0]'
+    assert scope(NoiseSpec(0.1, 2.0)).encode() == b'["m","",[1,3],8,"float32",0.1,2.0]'
     with pytest.raises(UsageError, match="own clipping"):
         NoiseSpec(0.0, 2.0, "own_noise:Laplace")
     with pytest.raises(AssertionError, match="apply_plugin"):

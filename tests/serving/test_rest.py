@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from raw_edge import Floats, RawEdge, RawSession
 from serving.app import create_app
 from serving.core import Core
 from serving.keys import KeyRing
+from serving.session import Phase
 from serving.settings import ServerSettings
 from split_llama.wire.control import Hello
 from split_llama.wire.frame import Frame, Kind, encode_message, split_message
@@ -162,6 +164,42 @@ async def test_metrics_count_what_was_done(client: httpx.AsyncClient, place: Any
     for name in ("num_requests_running", "num_requests_waiting", "received_bytes_total", "model_pass_seconds_count"):
         assert f"fl_llama_{name}" in values
     assert session.payload.session not in text
+
+
+async def test_a_post_waits_for_its_own_sessions_only(
+    make_place: Any, states: Floats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = await make_place()
+    transport = httpx.ASGITransport(create_app(place.core))
+    stuck, free = (RawSession(RawEdge(None), handle, BLOCKS) for handle in (1, 2))  # type: ignore[arg-type]
+    hello = Frame(Kind.HELLO, payload=Hello(protocol=1, client="test").to_bytes())
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+
+        async def post(*sent: Frame) -> tuple[list[tuple[Kind, int]], bool]:
+            async with asyncio.timeout(20):
+                answer = await client.post("/v1/frames", content=encode_message(sent), headers=named)
+            kinds = [(frame.kind, frame.handle) for frame in split_message(answer.content)]
+            return kinds, "X-FL-Pending" in answer.headers
+
+        named = {"X-FL-Connection": "b" * 32}
+        opened, pending = await post(hello, stuck.opening(Kind.OPEN), free.opening(Kind.OPEN))
+        assert (opened, pending) == ([(Kind.HELLO, 0), (Kind.OPEN, 1), (Kind.OPEN, 2)], False)
+        entry = next(entry for entry in place.core.registry if entry.handle == 1)
+        # As it would be while digests are computed: its steps wait.
+        entry.verified = False
+        monkeypatch.setattr("serving.dataplane.POST_SECONDS", 0.01)
+        assert await post(stuck.step(0, states[:3])) == ([], True)
+        assert await post() == ([], True)
+        monkeypatch.setattr("serving.dataplane.POST_SECONDS", 3600)
+        assert await post(free.step(0, states[:3])) == ([(Kind.REPLY, 2)], True)
+        entry.session.phase = Phase.WAITING
+        # Waiting for room it holds up nothing, not even what was sent for it.
+        assert await post(stuck.step(3, states[3:4]), free.step(3, states[3:4])) == ([(Kind.REPLY, 2)], True)
+        entry.session.phase, entry.verified = Phase.ACTIVE, True
+        asking = asyncio.create_task(post())
+        await asyncio.sleep(0)
+        place.core.worker.kick(entry)
+        assert (await asking)[0][0] == (Kind.REPLY, 1)
 
 
 async def test_a_posted_connection_lapses(make_place: Any, clock: Any) -> None:

@@ -79,6 +79,29 @@ async def test_an_idle_channel_fetches_what_the_server_has() -> None:
     assert echo.bodies[0] == b""
 
 
+async def test_while_answers_are_to_come_the_channel_asks_again_at_once() -> None:
+    """It would idle for ever otherwise. An own message goes first."""
+    bodies: list[bytes] = []
+
+    async def respond(head: str, body: bytes) -> bytes:
+        if head.startswith("GET"):
+            return MODEL
+        bodies.append(body)
+        if len(bodies) == 4:
+            return frames(b"three")
+        status, words = ("200 OK", b"one") if len(bodies) == 1 else ("204 No Content", b"")
+        return http_answer(f"{status}\r\nX-FL-Pending: 1", "application/octet-stream", words)
+
+    async with http_server(respond) as url:
+        channel = await HttpTransport(url, poll_seconds=3600).connect()
+        await channel.send(b"a")
+        assert await channel.receive() == b"one"
+        await channel.send(b"b")
+        assert await channel.receive() == b"three"
+        await channel.close()
+    assert bodies == [b"a", b"b", b"", b""]
+
+
 async def test_closing_sends_what_is_queued_and_ends_both_directions() -> None:
     echo = Echo()
     async with http_server(echo.respond) as url:

@@ -48,6 +48,8 @@ WRONG: list[tuple[str, dict[str, Any], str | None, str]] = [
     (CHAT, {"frequency_penalty": 3}, None, "frequency_penalty"),
     (CHAT, {"repetition_penalty": 1e-30}, "repetition_penalty", "greater"),
     (CHAT, {"logit_bias": {"dabada": 1}}, "logit_bias", "ids"),
+    (CHAT, {"logit_bias": {"5": 1, "9" * 5000: 1}}, "logit_bias", "ids"),
+    (CHAT, {"logit_bias": {"٣": 1}}, "logit_bias", "ids"),
     (CHAT, {"logit_bias": {"5": 1000}}, None, "logit_bias"),
     (CHAT, {"n": 0}, "n", "greater"),
     (CHAT, {"n": 9}, "n", "at most 8"),

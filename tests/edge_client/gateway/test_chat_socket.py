@@ -17,6 +17,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from edge_client.gateway.chat_messages import (
+    MAX_MESSAGE,
     SUBPROTOCOL,
     Cancel,
     Delta,
@@ -29,7 +30,10 @@ from edge_client.gateway.chat_messages import (
     parse_request,
 )
 from edge_client.gateway.chat_socket import MAX_ANSWERS, PATH
+from edge_client.settings import EdgeSettings
 from split_llama.errors import SlowReader
+from tests.conftest import TinyCheckpoint
+from tests.edge_client.gateway.conftest import StartGateway
 
 Reply = dict[str, Any]
 
@@ -63,6 +67,11 @@ async def take(client: ClientConnection) -> Reply:
     async with asyncio.timeout(20):
         reply: Reply = json.loads(await client.recv())
     return reply
+
+
+async def send_and_take(client: ClientConnection, text: str) -> Reply:
+    await client.send(text)
+    return await take(client)
 
 
 async def take_until(client: ClientConnection, kind: str, identifier: str = "a") -> list[Reply]:
@@ -146,6 +155,47 @@ async def test_settings_reach_the_answer_and_defaults_fill_the_rest(address: str
         assert part in given
     for part in ("max_new_tokens=256", "temperature=None", "top_p=None", "seed=None"):
         assert part in usual
+
+
+async def test_what_nobody_says_is_as_the_gateway_was_started(address: str, service: FakeService) -> None:
+    flags: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2}
+    service.settings = EdgeSettings(server="http://127.0.0.1:8700", seed=5, stop=("END",), max_new_tokens=9, **flags)
+    async with connect(address) as client:
+        assert (await take(client))["defaults"] == {"temperature": 0.8, "top_p": 0.9, "max_tokens": 9}
+        await client.send(ask("settings"))
+        usual = text_of(await take_until(client, "done"))
+        await client.send(ask("settings", temperature=0, seed=6, max_tokens=3))
+        given = text_of(await take_until(client, "done"))
+    for part in (*(f"{name}={value}" for name, value in flags.items()), "seed=5", "stop=('END',)", "max_new_tokens=9"):
+        assert part in usual
+    for part in ("temperature=0.0", "seed=6", "max_new_tokens=3", "top_k=7", "stop=('END',)"):
+        assert part in given
+
+
+async def test_a_message_that_is_too_long_is_refused_and_the_connection_lives(address: str) -> None:
+    async with connect(address) as client:
+        await take(client)
+        for text, identifier in ((ask("x" * MAX_MESSAGE), "a"), ("x" * (MAX_MESSAGE + 1), None)):
+            await client.send(text)
+            refusal = await take(client)
+            assert (refusal["type"], refusal["code"], refusal["id"]) == ("error", "context_exceeded", identifier)
+            assert "at most 1,048,576" in refusal["message"]
+        await client.send(ask("say still here"))
+        assert text_of(await take_until(client, "done")) == "still here "
+
+
+async def test_a_real_gateways_flags_and_bounds(tiny_checkpoint: TinyCheckpoint, start_gateway: StartGateway) -> None:
+    flags = {"noise": "0", "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 3}
+    async with start_gateway(tiny_checkpoint(), edge=flags) as gateway:
+        async with connect(gateway.url.replace("http:", "ws:") + PATH, proxy=None) as client:
+            assert (await take(client))["defaults"] == {"temperature": 0.7, "top_p": 0.9, "max_tokens": 3}
+            await client.send(ask("dabada"))
+            assert (await take_until(client, "done"))[-1]["finish_reason"] in ("length", "stop")
+            await client.send(ask("x" * (MAX_MESSAGE + 1)))
+            assert (await take(client))["code"] == "context_exceeded"
+            with pytest.raises(ConnectionClosed):
+                await send_and_take(client, "x" * (4 * MAX_MESSAGE + 1))
+        assert client.close_code == 1009
 
 
 async def test_two_answers_run_at_once(address: str) -> None:
@@ -339,7 +389,7 @@ def test_the_page_of_the_protocol_has_every_message_and_field() -> None:
     by_type = {example["type"]: example for example in examples}
     for kind in (Send, Cancel):
         name = kind.model_fields["type"].annotation.__args__[0]  # type: ignore[union-attr]
-        assert parse_request(json.dumps(by_type[name])).type == name
+        assert parse_request(by_type[name]).type == name
         assert all(f"`{field}`" in text for field in kind.model_fields if field != "type")
     for reply in (Hello, Delta, Usage, Done, Error):
         example = by_type[reply.model_fields["type"].default]

@@ -283,6 +283,49 @@ async def test_metrics_follow_the_answers(tiny_checkpoint: TinyCheckpoint, start
         assert figures["num_conversations"] == 1
 
 
+@pytest.mark.parametrize("extra", [{}, {"echo": True, "logprobs": 0}])
+async def test_metrics_count_the_prompt_of_a_request_once(
+    extra: dict[str, Any], tiny_checkpoint: TinyCheckpoint, start_gateway: StartGateway
+) -> None:
+    """Also where one choice scores the prompt before the others begin."""
+    async with start_gateway(tiny_checkpoint()) as gateway, gateway.http() as http:
+        body = {"prompt": IDS + IDS, "max_tokens": 4, "ignore_eos": True, "n": 3}
+        held = []
+        for _ in range(2):
+            reply = await http.post("/v1/completions", json=body | extra)
+            usage = reply.json()["usage"]
+            assert usage["prompt_tokens"] == 16
+            held.append(usage["prompt_tokens_details"]["cached_tokens"])
+        assert held == [0, 0 if extra else 15], "a prompt that is scored is sent anew"
+        figures = read_metrics(await http.get("/metrics"))
+        assert figures["prompt_tokens_total"] == 32
+        assert figures["cached_tokens_total"] == held[1]
+        assert figures["generation_tokens_total"] == 24
+        assert figures['answers_total{ended="length"}'] == 6
+
+
+async def test_ids_are_turned_into_text_only_for_echo(
+    tiny_checkpoint: TinyCheckpoint, start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with start_gateway(tiny_checkpoint()) as gateway, gateway.http() as http:
+        decoded: list[list[int]] = []
+        body = {"prompt": [IDS, IDS], "max_tokens": 0}
+        decode = EdgeTokenizer.decode
+
+        def counting(self: EdgeTokenizer, ids: list[int]) -> str:
+            decoded.append(ids)
+            return decode(self, ids)
+
+        monkeypatch.setattr(EdgeTokenizer, "decode", counting)
+        plain = await http.post("/v1/completions", json=body)
+        assert [choice["text"] for choice in plain.json()["choices"]] == ["", ""]
+        assert decoded == []
+        echoed = await http.post("/v1/completions", json=body | {"echo": True})
+        text = decode(gateway.service.edge.tokenizer, IDS)
+        assert [choice["text"] for choice in echoed.json()["choices"]] == [text, text]
+        assert decoded == [IDS, IDS]
+
+
 def read_metrics(reply: Any) -> dict[str, float]:
     """Give the figures without their prefix."""
     lines = [line.rsplit(" ", 1) for line in reply.text.splitlines() if not line.startswith("#")]

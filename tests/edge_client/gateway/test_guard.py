@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 from typing import Any
 
 import httpx
@@ -12,9 +13,11 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
+from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from edge_client.gateway.guard import Guard
+from edge_client.gateway.owner import owner_of
 from edge_client.gateway.settings import GatewaySettings
 from tests.conftest import TinyCheckpoint
 from tests.edge_client.gateway.conftest import StartGateway
@@ -71,6 +74,9 @@ def connects(http: TestClient, **options: Any) -> bool:
         ("evil.example", {"allowed_hosts": ("chat.example",)}, False),
         ("anything", {"allowed_hosts": ("*",)}, True),
         ("box.lan", {"host": "box.lan"}, True),
+        ("Box.LAN", {"host": "box.lan"}, True),
+        ("box.lan", {"host": "Box.LAN"}, True),
+        ("chat.example", {"allowed_hosts": ("Chat.Example",)}, True),
     ],
 )
 def test_host(host: str, settings: dict[str, Any], is_let_in: bool) -> None:
@@ -95,6 +101,7 @@ def test_host(host: str, settings: dict[str, Any], is_let_in: bool) -> None:
         ("http://[::1", {}, False),
         ("https://chat.example", {"allowed_origins": ("https://chat.example",)}, True),
         ("https://chat.example.evil.example", {"allowed_origins": ("https://chat.example",)}, False),
+        ("https://chat.example", {"allowed_origins": ("https://Chat.Example",)}, True),
         ("https://any.example", {"allowed_origins": ("*",)}, True),
     ],
 )
@@ -158,9 +165,52 @@ def test_without_keys_everybody_gets_in() -> None:
     assert connects(http)
 
 
-def test_announced_sizes_are_refused_before_anything_is_read() -> None:
-    reply = client().post("/v1/models", content=b"x", headers={"Content-Length": str(2**40)})
+@pytest.mark.parametrize("length", [str(2**40), "9" * 5000])
+def test_announced_sizes_are_refused_before_anything_is_read(length: str) -> None:
+    reply = client().post("/v1/models", content=b"x", headers={"Content-Length": length})
     assert reply.status_code == 413
+
+
+def test_an_allowed_page_elsewhere_may_read_refusals() -> None:
+    http = client(keys=("one",), allowed_origins=("https://chat.example",))
+    here, key = {"Origin": "https://chat.example"}, {"Authorization": "Bearer one"}
+    refused = [
+        (401, http.get("/v1/models", headers=here)),
+        (403, http.get("/v1/models", headers=here | key | {"Host": "evil.example"})),
+        (413, http.post("/v1/models", content=b"x", headers=here | key | {"Content-Length": str(2**40)})),
+        (404, http.get("/nowhere", headers=here | key)),
+    ]
+    for status, reply in refused:
+        assert reply.status_code == status
+        assert reply.headers["access-control-allow-origin"] == "https://chat.example"
+        assert "Origin" in reply.headers["vary"]
+    other = http.get("/v1/models", headers={"Origin": "https://evil.example"})
+    assert other.status_code == 403
+    assert "access-control-allow-origin" not in other.headers
+
+
+def test_the_owner_is_the_keys_hash() -> None:
+    async def tell(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await PlainTextResponse(owner_of(scope))(scope, receive, send)
+            return
+        websocket = WebSocket(scope, receive, send)
+        await websocket.accept()
+        await websocket.send_text(owner_of(scope))
+        await websocket.close()
+
+    def asks(*keys: str) -> TestClient:
+        return TestClient(Guard(tell, GatewaySettings(), keys, ["/health"]), base_url="http://127.0.0.1:8000")
+
+    for key in ("one", "two"):
+        expected = hashlib.sha256(key.encode()).hexdigest()
+        packed = base64.urlsafe_b64encode(key.encode()).decode().rstrip("=")
+        keyed = asks("one", "two")
+        assert keyed.get("/", headers={"Authorization": f"Bearer {key}"}).text == expected
+        with keyed.websocket_connect("ws://127.0.0.1:8000/", subprotocols=[f"key.{packed}"]) as websocket:
+            assert websocket.receive_text() == expected
+    assert keyed.get("/health", headers={"Authorization": "Bearer one"}).text == ""
+    assert asks().get("/", headers={"Authorization": "Bearer one"}).text == ""
 
 
 async def test_the_whole_gateway_is_behind_it(tiny_checkpoint: TinyCheckpoint, start_gateway: StartGateway) -> None:

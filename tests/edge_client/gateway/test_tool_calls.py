@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from edge_client.constraint import Constraint
 from edge_client.gateway.errors import ApiError
-from edge_client.gateway.grammar import Grammars, Trigger, TriggeredConstraint
+from edge_client.gateway.grammar import GrammarConstraint, Grammars, Trigger, TriggeredConstraint
 from edge_client.gateway.tool_calls import (
     HERMES,
     LLAMA,
@@ -30,6 +30,7 @@ from edge_client.gateway.tool_calls import (
 from edge_client.gateway.vocabulary import Vocabulary
 from edge_client.tokenizer import EdgeTokenizer
 from split_llama.demo import demo_model_path
+from split_llama.errors import UsageError
 from tests.conftest import TinyCheckpoint
 
 INTEGER = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
@@ -221,3 +222,28 @@ def test_a_call_that_is_cut_is_known_as_such() -> None:
 )
 def test_the_format_is_the_templates(template: str, form: ToolFormat | None) -> None:
     assert format_of(template) is form
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [("", "does not say why"), (" \n", "does not say why"), ("no such token\nat lib.rs:3", "no such token$")],
+)
+def test_what_cannot_be_followed_says_why_if_anything_is_known(reason: str, said: str) -> None:
+    class Matcher:
+        def compute_bitmask(self) -> bytes:
+            return b"\xff"
+
+        def is_error(self) -> bool:
+            return True
+
+        def consume_token(self, token: int) -> bool:
+            return False
+
+        def get_error(self) -> str:
+            return reason
+
+    constraint = GrammarConstraint(Matcher(), None)
+    with pytest.raises(UsageError, match=f"cannot be followed: .*{said}"):
+        constraint.mask(torch.zeros(8))
+    with pytest.raises(UsageError, match=f"cannot be followed: .*{said}"):
+        constraint.take(3)

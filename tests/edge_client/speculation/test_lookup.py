@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_client.speculation import prompt_lookup
 from edge_client.speculation.combined import CombinedDrafter
 from edge_client.speculation.drafter import DraftRequest, Guesses
 from edge_client.speculation.find import find_head, make_drafter
@@ -65,6 +66,34 @@ def test_sequences_apart_and_sequences_taken_back() -> None:
     for length in (30, 35, 33, 40):
         for text in texts:
             assert lookup.propose([ask(text[:length])]) == PromptLookup().propose([ask(text[:length])])
+
+
+@given(st.lists(st.integers(0, 3), min_size=45, max_size=120), st.lists(st.integers(1, 40), max_size=8))
+def test_of_long_texts_the_end_is_known(tokens: list[int], steps: list[int]) -> None:
+    """What is proposed is what prompt lookup promises for some end of the text, and never takes more memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompt_lookup, "TOKENS_AT_ONCE", 16)
+        patch.setattr(prompt_lookup, "KEPT_TOKENS", 50)
+        lookup, length = PromptLookup(), 20
+        for step in [0, *steps]:
+            length = min(len(tokens), length + step)
+            (guesses,) = lookup.propose([ask(tokens[:length])])
+            (index,) = lookup._indices.values()
+            assert len(index) == length
+            assert 16 <= index.size <= 50
+            assert list(guesses.tokens) == slow_lookup(tokens[length - index.size : length], 8)[1]
+
+
+def test_long_texts_take_the_place_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_lookup, "KEPT_TOKENS", 100)
+    lookup = PromptLookup()
+    for text in range(1, 6):
+        lookup.propose([ask([text] * 30)])
+    assert [index.size for index in lookup._indices.values()] == [30, 30, 30]
+    lookup.propose([ask([3] * 50)])
+    assert [index.size for index in lookup._indices.values()] == [30, 50]
+    lookup.propose([ask([9] * 100)])
+    assert [index.size for index in lookup._indices.values()] == [100]
 
 
 def test_a_repeating_text_goes_round() -> None:

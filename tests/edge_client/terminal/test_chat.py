@@ -142,14 +142,14 @@ async def test_stopping_keeps_the_answer_and_its_session(url: str, edge_settings
     screen = Script(lambda: setattr(screen, "stop_after", (5, 1)), LONG, "and now?")
     settings = edge_settings(url, max_new_tokens=400, speculate="off")
     async with chatting(settings, screen) as chat:
-        original = chat._params
+        original = chat._ask_once
 
-        def short(edge: Any) -> Any:
+        async def short(ids: list[int], made: Any) -> None:
             if chat.conversation.exchanges:
                 chat._connection.settings = edge_settings(url, max_new_tokens=3, speculate="off")
-            return original(edge)
+            await original(ids, made)
 
-        chat._params = short  # type: ignore[method-assign]
+        chat._ask_once = short  # type: ignore[method-assign]
         await chat.run()
         first, second = chat.conversation.exchanges
         last = chat._totals.last
@@ -252,6 +252,68 @@ async def test_settings_that_cannot_be_used_change_nothing(url: str, edge_settin
         "did you mean /noise",
     ):
         assert screen.told(words), words
+
+
+@pytest.mark.parametrize("command", ["/noise no_such_module:Noise", "/partition 1,0"])
+async def test_an_edge_that_cannot_be_made_leaves_the_old_settings(
+    command: str, tiny_checkpoint: Any, serve_model: ServeModel, edge_settings: MakeSettings
+) -> None:
+    screen = Script(LONG, command, "and?")
+    async with serve_model(tiny_checkpoint(max_positions=1024), allowed_partitions="1,1") as url:
+        settings = edge_settings(url, max_new_tokens=5, noise="0.02")
+        async with chatting(settings, screen) as chat:
+            source = chat._connection.source
+            await chat.run()
+            assert chat._connection.settings == settings
+            assert chat._connection.source is source
+    assert screen.told("there is no module 'no_such_module'" if "noise" in command else "which hosts [1, 3)")
+    assert len(chat.conversation.exchanges) == 2
+
+
+async def test_interrupting_the_wait_for_another_edge_leaves_the_old_settings(
+    url: str, edge_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = Script(LONG, "/speculate 4", "and?")
+    settings = edge_settings(url, max_new_tokens=5, speculate="off")
+    async with chatting(settings, screen) as chat:
+        connect = chat._connection._connect
+
+        async def interrupted() -> Any:
+            if chat._connection.settings.speculate == "4":
+                screen._press()
+            await asyncio.sleep(0)
+            return await connect()
+
+        monkeypatch.setattr(chat._connection, "_connect", interrupted)
+        await chat.run()
+        assert chat._connection.settings == settings
+    assert screen.told("stopped")
+    assert len(chat.conversation.exchanges) == 2
+
+
+async def test_rows_sent_again_with_the_same_noise_are_counted_once(url: str, edge_settings: MakeSettings) -> None:
+    counts: list[int] = []
+    screen = Script()
+    async with chatting(edge_settings(url, max_new_tokens=5, noise="0.02", speculate="off"), screen) as chat:
+        note = lambda: counts.append(chat._connection.rows_released)  # noqa: E731
+        screen.steps = [
+            LONG,
+            note,
+            "/speculate 1",
+            note,
+            "/speculate off",
+            "/retry",
+            note,
+            "/noise 0.03",
+            "/retry",
+            note,
+        ]
+        await chat.run()
+        assert chat._connection.current is not None
+        assert chat._connection.current.rows_released == counts[-1]
+    first, kept, again, other = counts
+    assert 0 < first == kept == again
+    assert other == 2 * first
 
 
 async def test_a_long_command_is_stopped_and_the_chat_goes_on(url: str, edge_settings: MakeSettings) -> None:

@@ -110,6 +110,24 @@ def test_completion(tmp_path: Path) -> None:
     assert completions(f"/load {tmp_path}/ch") == ["at.json"]
 
 
+class Tty(io.StringIO):
+    """A stream that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_lines_from_a_pipe_with_answers_on_a_terminal() -> None:
+    answers, notices, piped = Tty(), io.StringIO(), io.StringIO()
+    screen = PlainScreen(io.StringIO(), answers, notices)
+    screen.write("a\x1b]52;c;eA==\x07\tb\n")
+    screen.notice("the server says \x1b]0;title\x9c")
+    assert answers.getvalue() == "a\ufffd]52;c;eA==\ufffd\tb\n"
+    assert notices.getvalue() == "the server says \ufffd]0;title\ufffd\n"
+    PlainScreen(io.StringIO(), piped, notices).write("a\x1b[2J\r\x00")
+    assert piped.getvalue() == "a\x1b[2J\r\x00"
+
+
 async def test_pipes_are_plain() -> None:
     answers, notices = io.StringIO(), io.StringIO()
     screen = PlainScreen(io.StringIO("one\ntwo"), answers, notices)

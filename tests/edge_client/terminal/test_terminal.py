@@ -175,6 +175,24 @@ def test_lines_from_a_pipe(url: str, tmp_path: Path) -> None:
     assert len(done.stdout) > len(alone.stdout)
 
 
+def test_an_answer_is_exact_in_a_pipe_and_harmless_in_a_terminal(
+    url: str, tmp_path: Path, terminals: list[Terminal]
+) -> None:
+    arguments = ["generate", *flags(url, tmp_path)[1:], "--prompt", "x", "--max-new-tokens", "300", "--quiet"]
+    done = chat_in_pipe(arguments, "")
+    assert done.returncode == 0, done.stderr.decode()
+    ours = re.compile("[^\n\t\r -~\xa0-\U0010ffff]")
+    said = done.stdout.decode()
+    # A random model says control characters too.
+    assert ours.search(said)
+    terminal = Terminal(arguments)
+    terminals.append(terminal)
+    assert terminal.end() == 0
+    shown = terminal.seen.decode()
+    assert not ours.search(shown)
+    assert shown == ours.sub("\ufffd", said).replace("\r", "").replace("\n", "\r\n")
+
+
 def test_mistakes_in_a_pipe_have_their_exit_codes(url: str, tmp_path: Path) -> None:
     done = chat_in_pipe(flags(url, tmp_path), "/nois 0.1\nnever sent\n")
     assert (done.returncode, done.stdout) == (2, b"")
