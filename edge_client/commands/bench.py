@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from edge_client.commands.loading import load_edge
+from edge_client.commands.loading import ask_card, load_edge
 from edge_client.settings import EdgeSettings
 from split_llama.errors import UsageError
 from split_llama.settings import add_flags
@@ -27,12 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name, least in (("prompt_tokens", 1), ("new_tokens", 2), ("repeats", 1)):
         if getattr(arguments, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: expected {least} or more")
-    from edge_client.rest import RestClient
-
-    # Asked before torch is imported: a wrong address is told at once, not after seconds.
-    rest = RestClient.of(settings)
-    card = rest.model_card()
-    rest.close()
+    card = ask_card(settings)
     from edge_client.planning.bench import BenchPlan
     from edge_client.planning.run_bench import bench
 

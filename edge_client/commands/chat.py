@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from edge_client.commands.loading import load_edge
+from edge_client.commands.loading import ask_card, load_edge
 from edge_client.settings import EdgeSettings
 from split_llama.settings import add_flags
 
@@ -26,12 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Chat until the user leaves."""
     settings = load_edge(arguments).settings
     settings.check()
-    from edge_client.rest import RestClient
-
-    # Asked before torch is imported: a wrong address is told at once, not after seconds.
-    rest = RestClient.of(settings)
-    card = rest.model_card()
-    rest.close()
+    card = ask_card(settings)
     from edge_client.terminal.run import ChatOptions, run_chat
 
     run_chat(settings, ChatOptions(arguments.system, arguments.history), card)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from edge_client.settings import SECTION, EdgeSettings
 from split_llama.settings import Loaded, load_settings
+
+if TYPE_CHECKING:
+    from edge_client.rest import ModelCard
 
 T = TypeVar("T")
 
@@ -15,6 +18,17 @@ T = TypeVar("T")
 def load_edge(arguments: argparse.Namespace) -> Loaded[EdgeSettings]:
     """Merge the flags with environment, file and defaults. Raises `UsageError`."""
     return load_section(EdgeSettings, SECTION, arguments)
+
+
+def ask_card(settings: EdgeSettings) -> ModelCard:
+    """Ask the server for its model before torch is imported: a wrong address is told at once, not after seconds."""
+    from edge_client.rest import RestClient
+
+    rest = RestClient.of(settings)
+    try:
+        return rest.model_card()
+    finally:
+        rest.close()
 
 
 def load_section(kind: type[T], section: str, arguments: argparse.Namespace) -> Loaded[T]:

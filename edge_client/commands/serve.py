@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from edge_client.commands.loading import load_edge, load_section
+from edge_client.commands.loading import ask_card, load_edge, load_section
 from edge_client.gateway.settings import SECTION, GatewaySettings
 from edge_client.settings import EdgeSettings
 from split_llama.extras import needs_extra
@@ -23,12 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings.check()
     gateway = load_section(GatewaySettings, SECTION, arguments).settings
     gateway.check()
-    from edge_client.rest import RestClient
-
-    # Asked before torch is imported: a wrong address is told at once, not after seconds.
-    rest = RestClient(settings.server_url(), settings.api_key, retry_seconds=settings.reconnect_seconds)
-    card = rest.model_card()
-    rest.close()
+    card = ask_card(settings)
     with needs_extra("gateway"):
         from edge_client.gateway.run import run as serve
 
