@@ -85,6 +85,8 @@ def test_the_wheel_holds_the_packages_and_the_demo_model(wheel: Path) -> None:
     sources = {str(path.relative_to(ROOT)) for package in top for path in (ROOT / package).rglob("*.py")}
     assert sources <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert "edge_client/gateway/page/index.html" in names
+    assert any(name.startswith("edge_client/speculation/heads/") for name in names)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

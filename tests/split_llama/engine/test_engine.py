@@ -131,6 +131,7 @@ def test_a_trained_model_generates_what_transformers_does_in_every_partition(dat
         assert SplitModel(folder, partition).greedy(prompt, 200) == want, str(partition)
 
 
+@pytest.mark.slow  # the same goes through real sockets in tests/e2e/test_parity.py
 def test_the_demo_model_generates_what_transformers_does_in_every_partition() -> None:
     folder = demo_model_path()
     prompt = prompt_for(folder)
