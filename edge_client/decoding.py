@@ -16,7 +16,7 @@ from torch import Tensor
 
 from edge_client.draft import Decision, Draft
 from edge_client.speculation.drafter import DraftRequest
-from edge_client.speculation.pace import Wish
+from edge_client.speculation.pace import Round, Wish
 from edge_client.turn import Turn
 
 
@@ -27,16 +27,7 @@ class Pace(Protocol):
         """What the next round should be."""
         ...
 
-    def observe(
-        self,
-        *,
-        chances: Sequence[float],
-        parents: Sequence[int],
-        accepted: Sequence[int],
-        rows: int,
-        seconds: float,
-        drafting_seconds: float,
-    ) -> None:
+    def observe(self, this: Round) -> None:
         """Take what a round brought."""
         ...
 

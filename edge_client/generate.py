@@ -13,7 +13,8 @@ from torch import Tensor
 from edge_client.decoding import Decoder, Pace
 from edge_client.draft import Decision
 from edge_client.session import RemoteSession
-from edge_client.session_state import Answer
+from edge_client.session_events import Answer
+from edge_client.speculation.pace import Round
 from edge_client.step_log import EncodedRows
 from edge_client.turn import TokenEvent, Turn
 from edge_client.work import Decide, Encoded, Fed, LocalSession, Work
@@ -186,14 +187,9 @@ class EdgeSession:
         self._note_tokens(len(turn.tokens) - chosen, last)
         if self.pace is not None:
             # How long the reader took for the tokens before is no concern of the pace.
-            self.pace.observe(
-                chances=draft.guesses.chances,
-                parents=draft.guesses.parents,
-                accepted=tuple(node - 1 for node in verified.path[1:]),
-                rows=len(draft.tokens),
-                seconds=arrived - sent + time.perf_counter() - begin - verified.drafting,
-                drafting_seconds=fed.drafting,
-            )
+            right = tuple(node - 1 for node in verified.path[1:])
+            seconds = arrived - sent + time.perf_counter() - begin - verified.drafting
+            self.pace.observe(Round(draft.guesses.chances, right, seconds, fed.drafting))
         return verified
 
     def _submit(self, fed: Fed) -> None:

@@ -9,7 +9,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from edge_client.session_state import Answer, Closed, Failed, Phase, Redirected, Retry, SessionState
+from edge_client.session_events import Answer, Closed, Failed, Redirected, Retry
+from edge_client.session_state import Phase, SessionState
 from edge_client.step_log import EncodedRows
 from split_llama.errors import FlLlamaError
 from split_llama.mask import MAX_TREE_NODES

@@ -17,6 +17,8 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from enum import Enum
 
+from edge_client.session_events import Answer, Closed, Event, Failed, Redirected, Retry
+from edge_client.session_steps import PendingDraft, Step
 from edge_client.step_log import EncodedRows, StepLog
 from split_llama.draft_tree import is_chain
 from split_llama.errors import (
@@ -33,8 +35,8 @@ from split_llama.errors import (
 )
 from split_llama.wire.codec import Codec, row_bytes
 from split_llama.wire.control import Fork, Grant, Moved, Open, error_from_frame
-from split_llama.wire.frame import HEADER_SIZE, Flag, Frame, Kind
-from split_llama.wire.step import NODE_BYTES, build_step, max_rows, reply_rows
+from split_llama.wire.frame import Flag, Frame, Kind
+from split_llama.wire.step import build_step, max_rows, reply_rows
 
 # Before the grant comes nobody knows the window; any server takes this much behind an OPEN.
 EAGER_STEPS = 4
@@ -54,80 +56,6 @@ class Phase(Enum):
     CLOSED = "closed or failed"
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """Step `token`, whose positions end before `end`, was answered; `rows` is `None` when none were asked for."""
-
-    token: int
-    end: int
-    rows: EncodedRows | None
-
-
-@dataclass(frozen=True, slots=True)
-class Retry:
-    """The server refused for now: call `retry` after `delay_ms`."""
-
-    delay_ms: int
-    error: FlLlamaError
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The session is over."""
-
-    error: FlLlamaError
-
-
-@dataclass(frozen=True, slots=True)
-class Closed:
-    """The server confirmed the CLOSE."""
-
-
-@dataclass(frozen=True, slots=True)
-class Redirected:
-    """The session's place is at another server now: connect there and `attach`."""
-
-    address: str
-
-
-Event = Answer | Retry | Failed | Closed | Redirected
-
-
-@dataclass(slots=True)
-class _Step:
-    first: int
-    rows: EncodedRows
-    flags: int
-    token: int | None  # None for replayed rows
-    seq: int
-    tree: tuple[int, ...] | None = None
-    accept: tuple[int, ...] | None = None
-    sent: bool = False
-
-    @property
-    def size(self) -> int:
-        tree = NODE_BYTES * len(self.tree) if self.tree is not None else 0
-        accept = -(-len(self.accept) // 8) * 8 if self.accept is not None else 0
-        return HEADER_SIZE + tree + accept + len(self.rows.data)
-
-
-@dataclass(slots=True)
-class _Draft:
-    """The draft submitted last. `rows` come with its answer, `path` with `settle`; then the next step says it all."""
-
-    base: int
-    is_tree: bool
-    rows: EncodedRows | None = None
-    path: tuple[int, ...] | None = None
-
-    def accept_for(self, first: int) -> tuple[int, ...] | None:
-        """Give the nodes that a step at `first` accepts; a chain says it by `first` alone."""
-        if not self.is_tree or first <= self.base:
-            return None
-        assert self.path is not None, "a draft is settled before the next step"
-        return self.path[: first - self.base]
-
-
 @dataclass(slots=True)
 class SessionState:
     """The state machine. `opening` is the payload of OPEN and ATTACH; `max_frame_bytes` the server's limit."""
@@ -141,10 +69,10 @@ class SessionState:
     window_steps: int = EAGER_STEPS
     window_bytes: int = EAGER_BYTES
     log: StepLog = field(init=False)
-    _steps: deque[_Step] = field(default_factory=deque)
+    _steps: deque[Step] = field(default_factory=deque)
     _control: deque[Frame] = field(default_factory=deque)
     _gaps: Counter[int] = field(default_factory=Counter)
-    _draft: _Draft | None = None
+    _draft: PendingDraft | None = None
     _fork: Fork | None = None
     _forked: bool = False
     _resync: Frame | None = None
@@ -180,7 +108,7 @@ class SessionState:
         """Queue a draft, `tree` with its ancestor bits; `settle` it once its answer is there, before the next step."""
         chain = is_chain(tree)
         token = self._submit(first, rows, Flag.DRAFT, None if chain else tree)
-        self._draft = _Draft(first, is_tree=not chain)
+        self._draft = PendingDraft(first, is_tree=not chain)
         return token
 
     def settle(self, path: tuple[int, ...]) -> None:
@@ -308,7 +236,7 @@ class SessionState:
             self._start_over(self._resync)
         accept = self._leave_draft(first)
         self._next_token += 1
-        self._append(_Step(first, rows, flags, self._next_token, 0, tree, accept))
+        self._append(Step(first, rows, flags, self._next_token, 0, tree, accept))
         return self._next_token
 
     def _leave_draft(self, first: int) -> tuple[int, ...] | None:
@@ -316,7 +244,7 @@ class SessionState:
         draft, self._draft = self._draft, None
         return draft.accept_for(first) if draft is not None else None
 
-    def _append(self, step: _Step) -> None:
+    def _append(self, step: Step) -> None:
         self._last_seq += 1
         step.seq = self._last_seq
         self._steps.append(step)
@@ -326,10 +254,10 @@ class SessionState:
         for first, rows in self.log.read(start, stop):
             at = first
             for piece in rows.cut(self.rows_per_step(rows.codec)):
-                self._append(_Step(at, piece, Flag.REPLY_NONE, None, 0))
+                self._append(Step(at, piece, Flag.REPLY_NONE, None, 0))
                 at += piece.count
 
-    def _frame(self, step: _Step) -> Frame:
+    def _frame(self, step: Step) -> Frame:
         return build_step(
             handle=self.handle,
             seq=step.seq,

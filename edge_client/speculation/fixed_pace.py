@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from edge_client.speculation.pace import LEAST_CHANCE, Wish
+from edge_client.speculation.pace import LEAST_CHANCE, Round, Wish
 
 
 class FixedPace:
@@ -17,14 +15,5 @@ class FixedPace:
         """What the next round should be: always the same."""
         return self._wish
 
-    def observe(
-        self,
-        *,
-        chances: Sequence[float],
-        parents: Sequence[int],
-        accepted: Sequence[int],
-        rows: int,
-        seconds: float,
-        drafting_seconds: float,
-    ) -> None:
+    def observe(self, this: Round) -> None:
         """Take what a round brought; it changes nothing."""

@@ -72,20 +72,32 @@ class Wish:
 NOT_NOW = Wish(0, 1.0)
 
 
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What a round cost and brought: the chances of the guesses sent, and the numbers of those that were right.
+
+    `seconds` is from the sending of the rows to the next tokens, and `drafting_seconds` what drafting took beside it:
+    next to nothing says that no drafter was asked. In a pass with others it may be theirs.
+    """
+
+    chances: Sequence[float]
+    accepted: Sequence[int]
+    seconds: float
+    drafting_seconds: float
+
+
 @dataclass(slots=True)
 class _Sums:
-    """Drafted rounds, their rows beside the root's, guesses, tokens. Seconds are made of them when they are asked for:
+    """Drafted rounds, their guesses and tokens. Seconds are made of them when they are asked for:
     what was measured late corrects what was thought early."""
 
     rounds: float = 0.0
-    rows: float = 0.0
     guesses: float = 0.0
     tokens: float = 0.0
 
-    def add(self, rows: int, guesses: int, tokens: int, *, decay: float = 1.0) -> None:
+    def add(self, guesses: int, tokens: int, *, decay: float = 1.0) -> None:
         """Take one round, after forgetting some of those before."""
         self.rounds = self.rounds * decay + 1
-        self.rows = self.rows * decay + rows
         self.guesses = self.guesses * decay + guesses
         self.tokens = self.tokens * decay + tokens
 
@@ -129,7 +141,7 @@ class DraftPace:
     def _cost(self, sums: _Sums) -> float:
         """What such rounds cost as a rule: one late packet says nothing about drafting."""
         each = self._round.base + self._drafting.base
-        return sums.rounds * each + sums.rows * self._round.slope + sums.guesses * self._drafting.slope
+        return sums.rounds * each + sums.guesses * (self._round.slope + self._drafting.slope)
 
     def wish(self) -> Wish:
         """Say what the next round should be."""
@@ -145,31 +157,19 @@ class DraftPace:
         stated = max(LEAST_CHANCE, self._calibration.stated_for(max(worth, 1e-6)))
         return Wish(FIRST_GUESSES if self._probe.rounds < PROBE_ROUNDS else MOST_GUESSES, min(stated, 1.0))
 
-    def observe(
-        self,
-        *,
-        chances: Sequence[float],
-        parents: Sequence[int],
-        accepted: Sequence[int],
-        rows: int,
-        seconds: float,
-        drafting_seconds: float,
-    ) -> None:
-        """Take what a round brought: `accepted` are numbers of guesses, `rows` all rows sent, the root's included.
-
-        `seconds` is from the sending of the rows to the next tokens, and `drafting_seconds` what drafting took beside
-        it: next to nothing says that no drafter was asked. In a pass with others it may be theirs.
-        """
-        self._round.observe(max(0, rows - 1), seconds)
-        if not chances and (self._rest > 0 or drafting_seconds < LEAST_DRAFTING):
+    def observe(self, this: Round) -> None:
+        """Take what a round brought."""
+        guesses = len(this.chances)
+        self._round.observe(guesses, this.seconds)
+        if not guesses and (self._rest > 0 or this.drafting_seconds < LEAST_DRAFTING):
             self._rest = max(0, self._rest - 1)
             self._since_plain = 0
             return
-        self._drafting.observe(len(chances), drafting_seconds)
-        self._since_plain = 0 if rows <= 1 else self._since_plain + 1
-        self._calibration.observe(chances, accepted)
+        self._drafting.observe(guesses, this.drafting_seconds)
+        self._since_plain = self._since_plain + 1 if guesses else 0
+        self._calibration.observe(this.chances, this.accepted)
         for sums, decay in ((self._lately, SPEED_DECAY), (self._probe, 1.0)):
-            sums.add(max(0, rows - 1), len(chances), 1 + len(accepted), decay=decay)
+            sums.add(guesses, 1 + len(this.accepted), decay=decay)
         self._judge()
 
     def _judge(self) -> None:

@@ -10,7 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from edge_client.session_state import Answer, Closed, Failed, Phase, Redirected, Retry, SessionState
+from edge_client.session_events import Answer, Closed, Failed, Redirected, Retry
+from edge_client.session_state import Phase, SessionState
 from edge_client.step_log import EncodedRows, StepLog
 from split_llama.errors import (
     BadStates,

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edge_client.speculation.pace import DraftPace, Wish
+from edge_client.speculation.pace import DraftPace, Round, Wish
 
 DEEPEST = 16
 
@@ -73,20 +73,13 @@ def run(
     total = 0.0
     for _ in range(rounds):
         asked = wish()
-        chances, parents, accepted, took = [], [], [], 0.0  # type: ignore[var-annotated]
+        chances, accepted, took = [], [], 0.0  # type: ignore[var-annotated]
         if asked.max_guesses:
-            chances, parents, accepted = drafting.propose(asked, draw)
+            chances, _, accepted = drafting.propose(asked, draw)
             took = (link.drafting + link.guess * len(chances)) * draw.uniform(1, 1.2)
         seconds = link.seconds(1 + len(chances), weather)
         tokens += 1 + len(accepted)
         total += seconds + took
         if pace is not None:
-            pace.observe(
-                chances=chances,
-                parents=parents,
-                accepted=accepted,
-                rows=1 + len(chances),
-                seconds=seconds,
-                drafting_seconds=took,
-            )
+            pace.observe(Round(chances, accepted, seconds, took))
     return tokens / total

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from edge_client.speculation.calibration import Calibration
 from edge_client.speculation.cost import RobustLine
-from edge_client.speculation.pace import FIRST_GUESSES, LEAST_CHANCE, MOST_GUESSES, NOT_NOW, DraftPace, Wish
+from edge_client.speculation.pace import FIRST_GUESSES, LEAST_CHANCE, MOST_GUESSES, NOT_NOW, DraftPace, Round, Wish
 from tests.edge_client.speculation.links import Drafting, Link, run
 
 LINKS = {
@@ -131,15 +131,8 @@ def observe(
     drafting: float = 0.0,
 ) -> None:
     stated = chances or []
-    parents = range(-1, len(stated) - 1)
-    pace.observe(
-        chances=stated,
-        parents=list(parents),
-        accepted=accepted or [],
-        rows=rows,
-        seconds=seconds,
-        drafting_seconds=drafting,
-    )
+    assert rows == 1 + len(stated)
+    pace.observe(Round(stated, accepted or [], seconds, drafting))
 
 
 def test_the_line_is_found_under_outliers() -> None:
