@@ -8,7 +8,8 @@
     │   ├── UnsupportedModel        the maths of this checkpoint is not supported
     │   ├── CheckpointError         missing, truncated or foreign files
     │   ├── ModelMismatch           the two parties do not hold the same model
-    │   └── PinMismatch             the server's weights changed since first use
+    │   ├── PinMismatch             the server's weights changed since first use
+    │   └── AdapterMismatch         LoRA weights of another model, rank or kind
     ├── RemoteError                 the other party refused or cannot be reached    exit 3
     │   ├── ServerUnreachable       no server there
     │   ├── NotAServer              something answers, but it is no split-server
@@ -33,7 +34,10 @@
         ├── PartitionNotAllowed     blocks this server does not host
         ├── LimitExceeded           too many sessions or tokens for this key
         ├── OutOfPages              no KV pages left now
-        └── Draining                the server is shutting down
+        ├── Draining                the server is shutting down
+        ├── UnknownJob              no fine-tuning job of this id
+        ├── JobEnded                the job is done, was cancelled, or has no place left
+        └── UnknownStep             a gradient for a micro-batch that was never sent
 
 One class is one wire code and one HTTP status, and a fatal one has one WebSocket close code (RFC 6455, section 7.4.2:
 4000-4999 are for applications). `error_for_code` is the way back.
@@ -112,6 +116,12 @@ class PinMismatch(ModelError):
     """The weights the server offers are not those pinned on first use."""
 
     code, status = 24, 409
+
+
+class AdapterMismatch(ModelError):
+    """LoRA weights that do not fit: of another model, rank or kind, or unreadable."""
+
+    code, status = 25, 409
 
 
 class RemoteError(FlLlamaError):
@@ -262,6 +272,24 @@ class Draining(RequestRefused):
     """The server is shutting down and takes nothing new."""
 
     code, status = 63, 503
+
+
+class UnknownJob(RequestRefused):
+    """No fine-tuning job of this id is held here."""
+
+    code, status = 64, 404
+
+
+class JobEnded(RequestRefused):
+    """The job is done, was cancelled, or has no place left."""
+
+    code, status = 65, 409
+
+
+class UnknownStep(RequestRefused):
+    """A gradient for a micro-batch whose states were never sent, or not to the end."""
+
+    code, status = 66, 409
 
 
 def all_errors(root: type[FlLlamaError] = FlLlamaError) -> Iterator[type[FlLlamaError]]:

@@ -21,7 +21,9 @@ Handle = Annotated[int, Field(ge=1, lt=2**32)]
 Blocks = tuple[Annotated[int, Field(ge=0, lt=2**16)], Annotated[int, Field(ge=0, lt=2**16)]]
 
 
-class _Payload(BaseModel):
+class Payload(BaseModel):
+    """A JSON payload as the server sends it: unknown fields are a newer version's, and left alone."""
+
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True, hide_input_in_errors=True)
 
     def to_bytes(self) -> bytes:
@@ -41,11 +43,13 @@ class _Payload(BaseModel):
             raise BadRequest(f"not a valid {cls.__name__} payload: {listed}") from None
 
 
-class _Request(_Payload):
+class Request(Payload):
+    """A JSON payload as a client sends it: an unknown field is refused."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class Hello(_Request):
+class Hello(Request):
     """The client's first frame. `model` asks for one of several served models; null takes the server's own."""
 
     protocol: U32
@@ -53,7 +57,7 @@ class Hello(_Request):
     model: Name | None = None
 
 
-class HelloReply(_Payload):
+class HelloReply(Payload):
     """What the server hosts and allows. `blocks` is `[start, stop)`; limits are bytes and rows per frame or message."""
 
     protocol: U32
@@ -69,7 +73,7 @@ class HelloReply(_Payload):
     max_model_len: Annotated[int, Field(ge=1, lt=2**32)]
 
 
-class Open(_Request):
+class Open(Request):
     """Open a session, or ATTACH to one: ATTACH carries the same so that an unknown session can be made anew.
 
     `session` and `secret` are drawn by the client and travel in OPEN and ATTACH (and FORK, for the child) only.
@@ -92,7 +96,7 @@ class Open(_Request):
         return self
 
 
-class Grant(_Payload):
+class Grant(Payload):
     """The answer to OPEN, ATTACH and FORK.
 
     `window_steps` and `window_bytes` bound what may be unanswered; `length` is the session's positions and `seq` its
@@ -106,7 +110,7 @@ class Grant(_Payload):
     grace_seconds: Annotated[float, Field(ge=0, strict=False)]
 
 
-class Fork(_Request):
+class Fork(Request):
     """Fork the session of handle `parent` at position `at` into a new one, under the frame's own handle."""
 
     parent: Handle
@@ -115,7 +119,7 @@ class Fork(_Request):
     secret: Secret
 
 
-class ErrorPayload(_Payload):
+class ErrorPayload(Payload):
     """A refusal: `code` and `error` (the class name) of `split_llama.errors`; `retry_after_ms` 0 means do not retry."""
 
     code: Annotated[int, Field(ge=0, lt=2**16)]
@@ -124,7 +128,7 @@ class ErrorPayload(_Payload):
     retry_after_ms: U32 = 0
 
 
-class Moved(_Payload):
+class Moved(Payload):
     """The session lives at `address` now: connect there and ATTACH."""
 
     address: Address

@@ -35,6 +35,7 @@ class Kind(IntEnum):
     MOVED = 11
     FORWARD = 12
     BACKWARD = 13
+    JOIN = 14
 
 
 _KINDS = {kind.value: kind for kind in Kind}  # a dict lookup is several times faster than the enum's constructor
