@@ -24,10 +24,12 @@ from split_llama.checkpoint import Checkpoint
 from split_llama.config import BlockRange, Partition
 from split_llama.engine.engine import PAGE_SIZE, Engine
 from split_llama.engine.kv_cache import Order
+from split_llama.engine.low_rank import NO_ADAPTER, AdapterBank
 from split_llama.engine.plan import SequenceRun
 from split_llama.engine.sequence import Sequence as Positions
 from split_llama.errors import FlLlamaError, ServerFault
 from split_llama.load import load_embedding, load_packed_head, load_packed_segment
+from split_llama.lora import Adapter
 from split_llama.noise import (
     Accountant,
     NoiseChain,
@@ -70,7 +72,15 @@ class _Stopwatch:
 class EdgeModel:
     """Embedding, A, C and head of one partition of one checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, partition: Partition, codec: Codec, placement: Placement) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        partition: Partition,
+        codec: Codec,
+        placement: Placement,
+        adapter: Adapter | None = None,
+    ) -> None:
+        """Load the weights. `adapter` is what A and C have of one, and goes for every session."""
         config = checkpoint.config
         count = config.num_hidden_layers
         self.config, self.partition, self.codec = config, partition, codec
@@ -85,8 +95,8 @@ class EdgeModel:
         self.times = PhaseTimes()
         self.embedding = load_embedding(checkpoint, dtype=numerics.compute, device=numerics.device)
         self.head = load_packed_head(checkpoint, numerics)
-        self._a = _engine(checkpoint, partition.segment_a(count), placement)
-        self._c = _engine(checkpoint, partition.segment_c(count), placement)
+        self._a = _engine(checkpoint, partition.segment_a(count), placement, adapter)
+        self._c = _engine(checkpoint, partition.segment_c(count), placement, adapter)
         defaults = checkpoint.generation_config()
         self.defaults = defaults
         self.bos_token_id = defaults.bos_token_id
@@ -99,8 +109,7 @@ class EdgeModel:
 
     def open(self, max_length: int) -> LocalSession:
         """Start a session of at most `max_length` positions."""
-        a = self._a.sequence(self._a.blocks, max_length) if self._a is not None else None
-        c = self._c.sequence(self._c.blocks, max_length) if self._c is not None else None
+        a, c = (None if engine is None else _sequence(engine, max_length) for engine in (self._a, self._c))
         return LocalSession(a, c, NoiseChain(self._noise) if self._noise is not None else None)
 
     def use_noise(self, spec: NoiseSpec, noise: PrefixNoise) -> None:
@@ -303,7 +312,7 @@ class EdgeModel:
         """Run tokens through embedding and A in a pass of their own; give A's output `[n, d]`, without noise."""
         states: Tensor = self.embedding(torch.tensor(tokens, device=self._device))
         if self._a is not None:
-            sequence = self._a.sequence(self._a.blocks, len(tokens))
+            sequence = _sequence(self._a, len(tokens))
             states = self._a.run(self._a.plan([sequence.append(len(tokens))]), states)
             sequence.free()
         return states.float().cpu()
@@ -346,11 +355,18 @@ def _rows_asked(work: Work, end: int) -> range:
     return range(end - (work.rows if draft is None else len(draft.tokens)), end)
 
 
-def _engine(checkpoint: Checkpoint, blocks: BlockRange, placement: Placement) -> Engine | None:
+def _sequence(engine: Engine, max_length: int) -> Positions:
+    """Start a sequence over all of an engine's blocks, with its adapter if it has one."""
+    return engine.sequence(engine.blocks, max_length, NO_ADAPTER if engine.adapters is None else 0)
+
+
+def _engine(checkpoint: Checkpoint, blocks: BlockRange, placement: Placement, adapter: Adapter | None) -> Engine | None:
     """Make the engine of a segment; none for an empty one."""
     if not len(blocks):
         return None
     segment = load_packed_segment(checkpoint, blocks, placement.numerics)
     # Each session may leave a page half full.
     pages = -(-placement.kv_positions // PAGE_SIZE) + placement.sessions
-    return Engine(segment, num_pages=pages, kv_order=Order.HEADS)
+    has_adapter = adapter is not None and adapter.part(blocks).tensors
+    bank = AdapterBank(segment, [adapter]) if adapter is not None and has_adapter else None
+    return Engine(segment, num_pages=pages, kv_order=Order.HEADS, adapters=bank)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edge_client.rest import ModelCard, RestClient
 from edge_client.settings import EdgeSettings
@@ -14,6 +15,9 @@ from edge_client.state_files import StateFolder, cache_errors, write_atomically
 from edge_client.weights import Offer, Progress, ask_offer, check_pin, fetch_slice
 from split_llama.config import BlockRange, ModelConfig, Partition
 from split_llama.errors import ModelMismatch
+
+if TYPE_CHECKING:
+    from edge_client.adapter import EdgeAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,7 @@ class ModelSource:
     offer: Offer
     partition: Partition
     server_blocks: BlockRange
+    adapter: EdgeAdapter | None = None
 
 
 def find_model(
@@ -40,7 +45,8 @@ def find_model(
 
     `card` is the server's, if it was asked for already.
 
-    Raises `ModelMismatch` (own copy), `PinMismatch` (the server's slice changed), and what fetching raises.
+    Raises `ModelMismatch` (own copy), `PinMismatch` (the server's slice changed), `AdapterMismatch`, and what fetching
+    raises.
     """
     settings.check()
     card = card or rest.model_card()
@@ -55,7 +61,16 @@ def find_model(
             notify(f"first use of {rest.address.base}: its weights for {partition} are pinned ({offer.identity[:12]})")
         folder = fetch_slice(rest, offer, settings.caches(), progress)
         _check_slice(folder, partition, offer)
-    return ModelSource(folder, card, offer, partition, blocks)
+    adapter = _find_adapter(settings, rest, state, card, partition, folder) if settings.adapter is not None else None
+    return ModelSource(folder, card, offer, partition, blocks, adapter)
+
+
+def _find_adapter(
+    settings: EdgeSettings, rest: RestClient, state: StateFolder, card: ModelCard, partition: Partition, folder: Path
+) -> EdgeAdapter | None:
+    from edge_client.adapter import find_adapter  # it imports torch
+
+    return find_adapter(settings, rest, state, card, partition, read_geometry(folder))
 
 
 def _partition(settings: EdgeSettings, rest: RestClient, card: ModelCard, notify: Callable[[str], None]) -> Partition:

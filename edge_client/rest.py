@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import ssl as ssl_module
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import quote
 
 import httpx
 
@@ -20,6 +21,25 @@ from split_llama.transport.address import ServerAddress, authorization
 from split_llama.transport.trust import tls_context
 
 MAX_JSON_BYTES = 16 * 2**20
+MAX_ADAPTER_BYTES = 2**30
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterCard:
+    """An adapter that the server holds, and the blocks that it has weights for."""
+
+    name: str
+    blocks: tuple[int, ...]
+
+    @classmethod
+    def from_json(cls, raw: Any) -> AdapterCard:
+        """Read an entry. Raises as `ModelCard.from_json`."""
+        blocks = tuple(raw["blocks"])
+        if not all(type(block) is int and block >= 0 for block in blocks):
+            raise ValueError("an adapter's blocks must be whole numbers")
+        return cls(str(raw["name"]), blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +53,7 @@ class ModelCard:
     hidden_size: int
     max_model_len: int
     dtype: str
+    adapters: tuple[AdapterCard, ...] = ()
 
     @classmethod
     def from_json(cls, raw: Any) -> ModelCard:
@@ -49,7 +70,16 @@ class ModelCard:
             hidden_size=numbers[3],
             max_model_len=numbers[4],
             dtype=str(raw.get("dtype", "float32")),
+            adapters=tuple(AdapterCard.from_json(entry) for entry in raw.get("adapters", ())),
         )
+
+    def find_adapter(self, name: str) -> AdapterCard:
+        """Look an adapter up. Raises `UsageError` that names those there are."""
+        for adapter in self.adapters:
+            if adapter.name == name:
+                return adapter
+        known = ", ".join(adapter.name for adapter in self.adapters) or "none"
+        raise UsageError(f"the server has no adapter {name!r}; it has {known}")
 
     def check_partition(self, partition: Partition) -> BlockRange:
         """Give the blocks the server has to run for `partition`. Raises `UsageError` when it does not host them."""
@@ -147,34 +177,52 @@ class RestClient:
             # Pieces as they come: a chunk size would lose what a breaking connection had brought.
             yield begin, response.iter_raw()
 
+    def adapter_part(self, name: str, partition: Partition) -> bytes:
+        """Fetch A's and C's part of an adapter, a safetensors file. Raises what `model_card` raises."""
+        parameters = {"p": str(partition.p), "q": str(partition.q)}
+        return self._ask(f"/v1/adapters/{quote(name, safe='')}/edge", parameters, self._adapter)
+
     def _json(self, path: str, parameters: dict[str, str] | None = None) -> Any:
+        return self._ask(path, parameters, self._parsed)
+
+    def _ask(self, path: str, parameters: dict[str, str] | None, read: Callable[[httpx.Response], T]) -> T:
         deadline = time.monotonic() + self._retry_seconds
         while True:
             try:
-                return self._json_somewhere(path, parameters)
+                return self._ask_somewhere(path, parameters, read)
             except FlLlamaError as error:
                 delay = error.retry_after_ms / 1000
                 if not delay or time.monotonic() + delay > deadline:
                     raise
                 time.sleep(delay)
 
-    def _json_somewhere(self, path: str, parameters: dict[str, str] | None) -> Any:
+    def _ask_somewhere(self, path: str, parameters: dict[str, str] | None, read: Callable[[httpx.Response], T]) -> T:
         """Ask the current server, and the others where it is not there."""
         failures: list[FlLlamaError] = []
         order = self._addresses.round()
         for address in order:
             self._addresses.use(address)
             try:
-                return self._json_once(path, parameters)
+                return self._ask_once(path, parameters, read)
             except ServerUnreachable as error:
                 failures.append(error)
         self._addresses.use(order[0])
         raise failures[0]
 
-    def _json_once(self, path: str, parameters: dict[str, str] | None) -> Any:
+    def _ask_once(self, path: str, parameters: dict[str, str] | None, read: Callable[[httpx.Response], T]) -> T:
         with self._translated():
             response = self._client.get(f"{self.address.base}{path}", params=parameters)
-        if response.status_code != 200 or len(response.content) > MAX_JSON_BYTES:
+        if response.status_code != 200:
+            raise self._refusal(response, response.content)
+        return read(response)
+
+    def _adapter(self, response: httpx.Response) -> bytes:
+        if len(response.content) > MAX_ADAPTER_BYTES or "html" in response.headers.get("content-type", ""):
+            raise self._refusal(response, b"")
+        return response.content
+
+    def _parsed(self, response: httpx.Response) -> Any:
+        if len(response.content) > MAX_JSON_BYTES:
             raise self._refusal(response, response.content)
         try:
             return response.json()

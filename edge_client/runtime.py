@@ -161,6 +161,7 @@ class EdgeRuntime:
             geometry=source.card.geometry,
             weights=source.offer.manifest.digest,
             tokenizer=source.offer.manifest.tokenizer_digest,
+            adapter=None if source.adapter is None else source.adapter.name,
         )
         return self._session(self.model.open(self.max_length), self._link.open(opening), ())
 
@@ -275,7 +276,8 @@ def _load(
     positions = min(source.card.max_model_len, _context(source)) * sessions
     placement = Placement(numerics, positions, sessions)
     checkpoint = Checkpoint.open(source.folder)
-    model = EdgeModel(checkpoint, source.partition, Codec.parse(settings.codec), placement)
+    own = None if source.adapter is None else source.adapter.own
+    model = EdgeModel(checkpoint, source.partition, Codec.parse(settings.codec), placement, own)
     if model.bos_token_id is None:
         model.bos_token_id = EdgeTokenizer.open(source.folder).bos_token_id
     if settings.speculate != "off":
@@ -284,7 +286,7 @@ def _load(
     if spec.is_on:
         scope = NoiseScope(
             model=source.offer.manifest.digest,
-            adapter="",
+            adapter=_sent_digest(source),
             blocks=source.server_blocks,
             width=model.width,
             # The same weights give other states in another compute type or on another kind of device.
@@ -293,6 +295,12 @@ def _load(
         )
         model.use_noise(spec, PrefixNoise(StateFolder(settings.states()).secret(), scope))
     return model, spec
+
+
+def _sent_digest(source: ModelSource) -> str:
+    """Give the digest of the adapter in A; empty without any."""
+    blocks = source.partition.segment_a(source.card.num_hidden_layers)
+    return "" if source.adapter is None else source.adapter.sent_digest(blocks)
 
 
 def _learner(settings: EdgeSettings, source: ModelSource, notify: Callable[[str], None]) -> Learner | None:
@@ -311,7 +319,9 @@ def _noise(settings: EdgeSettings, source: ModelSource, model: EdgeModel, dtype:
         return dataclasses.replace(spec, clip=float(settings.clip))
     if not spec.sigma:
         return spec
-    path = settings.caches() / "clip" / f"{source.offer.manifest.digest[:32]}-{dtype}"
+    # An adapter's states are longer or shorter than the model's own.
+    adapter = _sent_digest(source)[:32]
+    path = settings.caches() / "clip" / "-".join(filter(None, (source.offer.manifest.digest[:32], adapter, dtype)))
     if path.is_file():
         with contextlib.suppress(ValueError):
             return dataclasses.replace(spec, clip=float(path.read_text()))

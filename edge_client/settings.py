@@ -59,6 +59,25 @@ def _partition(text: str) -> None:
         raise ValueError("expected two block counts p,q such as 1,1, or auto")
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterChoice:
+    """An adapter by the name that the server has for it; `folder` holds A's and C's part, or else the server does."""
+
+    name: str
+    folder: Path | None
+
+    @classmethod
+    def parse(cls, text: str) -> AdapterChoice:
+        """Read `NAME` or `NAME=DIR`. Raises `ValueError`."""
+        name, equals, folder = text.partition("=")
+        if not name or (equals and not folder):
+            raise ValueError("expected an adapter's name, or NAME=DIR")
+        return cls(name, Path(folder).expanduser() if equals else None)
+
+    def __str__(self) -> str:
+        return self.name if self.folder is None else f"{self.name}={self.folder}"
+
+
 def _speculate(text: str) -> None:
     if text not in ("auto", "off") and not (text.isascii() and text.isdigit() and 1 <= int(text) <= 63):
         raise ValueError("expected auto, off, or a number of guesses from 1 to 63")
@@ -119,6 +138,12 @@ class EdgeSettings:
     learn_from_chats: bool = setting(
         False, "keep the token ids of prompts and answers in the state folder, for train-drafter --chats"
     )
+    adapter: str | None = setting(
+        None,
+        "LoRA adapter of the server's to use; with DIR the part that runs here comes from this PEFT folder",
+        check=AdapterChoice.parse,
+        metavar="NAME[=DIR]",
+    )
     allow_embedding_states: bool = setting(False, "allow p = 0, which sends bare token embeddings")
     accept_new_weights: bool = setting(False, "trust the server's weights although they changed since first use")
     device: str = setting("auto", "where the edge computes: auto, cpu or cuda[:N]")
@@ -164,6 +189,10 @@ class EdgeSettings:
         import platformdirs
 
         return platformdirs.user_state_path("fl-llama")
+
+    def adapter_choice(self) -> AdapterChoice | None:
+        """Give the adapter asked for, if any."""
+        return None if self.adapter is None else AdapterChoice.parse(self.adapter)
 
     def server_url(self) -> str:
         """Give the server's address. Raises `UsageError` when none is set."""

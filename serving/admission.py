@@ -41,7 +41,7 @@ def hello(hosted: Hosted) -> HelloReply:
 def check_request(hosted: Hosted, request: Open) -> None:
     """Check all that costs nothing. Raises `BadRequest`, `ModelMismatch`, `PartitionNotAllowed`."""
     if request.adapter is not None:
-        raise BadRequest(f"adapter {request.adapter!r} asked for; this server holds no adapters")
+        hosted.adapters.find(request.adapter)
     if request.hops:
         raise BadRequest("hops: this server does not forward to other servers; leave the list empty")
     if request.geometry is not None and request.geometry != hosted.geometry:
@@ -59,6 +59,9 @@ def check_attach(entry: Entry, hosted: Hosted, request: Open) -> None:
     blocks = BlockRange(*request.blocks)
     if blocks != entry.blocks:
         raise ModelMismatch(f"ATTACH asks for blocks {blocks}, the session was opened over {entry.blocks}")
+    adapter = hosted.adapters.name(entry.session.sequence.adapter)
+    if request.adapter != adapter:
+        raise ModelMismatch(f"ATTACH asks for the adapter {request.adapter}, the session was opened with {adapter}")
     for name, theirs, ours in zip(
         ("weights", "tokenizer"), (request.weights, request.tokenizer), entry.digests, strict=True
     ):

@@ -24,6 +24,8 @@ def create_app(core: Core) -> FastAPI:
     )
     app.include_router(rest.make_router(core))
     app.include_router(dataplane.make_router(core))
+    for router in core.extensions.routers():
+        app.include_router(router)
 
     @app.exception_handler(FlLlamaError)
     async def refused(request: Request, error: FlLlamaError) -> JSONResponse:

@@ -27,11 +27,14 @@ from split_llama.errors import (
     UnknownSession,
     UnsupportedVersion,
 )
+from split_llama.extension import Guest
 from split_llama.wire.control import Fork, Hello, Open, error_frame
 from split_llama.wire.frame import VERSION, Frame, Kind, split_message
 
 OUTGOING_BYTES = 64 * 2**20
 FRAMES_PER_TURN = 64
+# Kinds whose refusal names the message refused.
+_NUMBERED = (Kind.STEP, Kind.FORWARD, Kind.BACKWARD)
 
 
 class Outbox:
@@ -83,6 +86,31 @@ class Outbox:
         return message
 
 
+class _Seat:
+    """Where an extension's client sits: it hears nothing any more once it has left or its connection is gone."""
+
+    guest: Guest
+
+    def __init__(self, connection: Connection, handle: int) -> None:
+        self._connection: Connection | None = connection
+        self._handle = handle
+
+    def send(self, frame: Frame) -> None:
+        """Queue a frame for the client."""
+        if self._connection is not None:
+            self._connection.put(frame, self._handle)
+
+    def leave(self) -> None:
+        """The client closed its handle."""
+        self._connection = None
+        self.guest.leave()
+
+    def detach(self) -> None:
+        """The connection is gone."""
+        self._connection = None
+        self.guest.detach()
+
+
 class Connection:
     """The server's end: handles, and what may be sent back.
 
@@ -95,6 +123,7 @@ class Connection:
         self.sending_since: float | None = None
         self._core = core
         self._entries: dict[int, Entry] = {}
+        self._seats: dict[int, _Seat] = {}
         self._greeted = False
         self._changed = asyncio.Event()
         core.metrics.connections_opened.inc()
@@ -114,13 +143,18 @@ class Connection:
     @property
     def is_busy(self) -> bool:
         """Say whether answers are still to come."""
-        return any(_is_pending(entry) for entry in self._entries.values())
+        guests_are = any(seat.guest.is_busy for seat in self._seats.values())
+        return guests_are or any(_is_pending(entry) for entry in self._entries.values())
 
     async def wait_answered(self, handles: Collection[int]) -> None:
         """Wait until these sessions have their answers, those left out that wait for room or for their rows."""
-        while any(_is_at_work(entry) for handle in handles if (entry := self._entries.get(handle)) is not None):
+        while any(self._is_at_work(handle) for handle in handles):
             self._changed.clear()
             await self._changed.wait()
+
+    def _is_at_work(self, handle: int) -> bool:
+        entry, seat = self._entries.get(handle), self._seats.get(handle)
+        return (entry is not None and _is_at_work(entry)) or (seat is not None and seat.guest.is_busy)
 
     def detach(self) -> None:
         """The link is gone: its sessions live on for the grace period."""
@@ -128,6 +162,9 @@ class Connection:
         for entry in self._entries.values():
             entry.unbind(now)
         self._entries.clear()
+        seats, self._seats = self._seats, {}
+        for seat in seats.values():
+            seat.detach()
 
     async def receive(self, message: bytes) -> set[int]:
         """Take in one message; give the handles in it. Raises `ConnectionRefused` for what costs the connection."""
@@ -164,10 +201,17 @@ class Connection:
             raise
         except FlLlamaError as error:
             self._core.count_refusal(error)
-            self.put(error_frame(frame.handle, frame.seq if frame.kind is Kind.STEP else 0, error))
+            self.put(error_frame(frame.handle, frame.seq if frame.kind in _NUMBERED else 0, error))
 
     def _handle(self, frame: Frame, message_bytes: int) -> None:
+        if frame.handle in self._seats:
+            self._hand_on(frame)
+            return
         match frame.kind:
+            case Kind.JOIN:
+                self._join(frame)
+            case Kind.FORWARD | Kind.BACKWARD if self._core.extensions:
+                raise UnknownSession(f"handle {frame.handle} has joined no job on this connection; JOIN first")
             case Kind.STEP:
                 self._core.step(self._entry(frame), _own_payload(frame, message_bytes), self.principal)
             case Kind.HELLO:
@@ -210,8 +254,23 @@ class Connection:
             raise UnknownSession(f"the parent's handle {request.parent} is not open on this connection")
         self._entries[frame.handle] = self._core.fork(parent, request, self.principal, self, frame.handle)
 
+    def _join(self, frame: Frame) -> None:
+        self._check_free(frame.handle)
+        seat = _Seat(self, frame.handle)
+        seat.guest = self._core.extensions.join(frame, self.principal.owner, seat.send)
+        self._seats[frame.handle] = seat
+
+    def _hand_on(self, frame: Frame) -> None:
+        seat = self._seats[frame.handle]
+        if frame.kind is not Kind.CLOSE:
+            seat.guest.receive(frame)
+            return
+        del self._seats[frame.handle]
+        seat.leave()
+        self.put(Frame(Kind.CLOSE, handle=frame.handle))
+
     def _check_free(self, handle: int) -> None:
-        if handle == 0 or handle in self._entries:
+        if handle == 0 or handle in self._entries or handle in self._seats:
             raise BadRequest(f"handle {handle} is 0 or in use: choose another number")
 
     def _entry(self, frame: Frame) -> Entry:

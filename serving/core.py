@@ -9,11 +9,13 @@ from collections.abc import Callable, Coroutine
 from enum import Enum
 
 from serving.admission import check_attach, check_digests, check_request
+from serving.extensions import Extensions
 from serving.hosted import Hosted
 from serving.keys import KeyRing, Principal
 from serving.memory import PageBudget
 from serving.metrics import Metrics
 from serving.passes import Passes
+from serving.quanta import Quanta
 from serving.registry import Entry, Mailbox, Registry
 from serving.scheduler import Scheduler
 from serving.session import Phase, Session
@@ -68,6 +70,7 @@ class Core:
         self._sweepers: list[Callable[[], None]] = []
         self._broken = False
         self._register_gauges()
+        self.extensions = Extensions.find(self, settings.extension)
 
     def _register_gauges(self) -> None:
         gauge, registry = self.metrics.gauge, self.registry
@@ -75,7 +78,11 @@ class Core:
         gauge("connections", "WebSocket connections", lambda: len(self.connections))
         gauge("num_requests_running", "Sessions in the running pass", registry.num_running)
         gauge("num_requests_waiting", "Sessions with queued steps only", registry.num_waiting)
+        gauge("background_seconds", "Time that extensions have computed", self._background_seconds)
         self._register_memory_gauges()
+
+    def _background_seconds(self) -> float:
+        return 0.0 if self._worker is None else self._worker.background.seconds
 
     def _register_memory_gauges(self) -> None:
         def gauge(name: str, text: str, read: Callable[[PageBudget, PagePool], float]) -> None:
@@ -130,10 +137,13 @@ class Core:
             self.metrics,
             self.clock,
             self.settings.evict_seconds,
+            Quanta(self.settings.background_quantum / 1000, self.settings.background_share),
         )
         self._spawn(self._worker.run(), "worker")
+        self._spawn(self._worker.background.run(), "background")
         self._spawn(self._sweep_often(), "sweep")
         self.stage = Stage.READY
+        self._spawn(self.extensions.start(), "extensions")
 
     async def drain(self) -> None:
         """Take nothing new, finish what is queued, for `drain_seconds` at most, and name the successor, if any."""
@@ -153,6 +163,7 @@ class Core:
     async def aclose(self) -> None:
         """Stop all tasks and free all sessions."""
         self.stage = Stage.DRAINING
+        await self.extensions.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -294,7 +305,7 @@ class Core:
         hosted = self.hosted
         check_request(hosted, request)
         blocks = BlockRange(*request.blocks)
-        sequence = hosted.engine.sequence(blocks, hosted.max_model_len)
+        sequence = hosted.engine.sequence(blocks, hosted.max_model_len, hosted.adapters.number(request.adapter))
         session = Session(sequence, hosted.engine.pool, hosted.terms)
         entry = self.registry.add(request, principal, session, self.clock())
         entry.bind(mailbox, handle)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from serving.adapters import HostedAdapters, parse_lora_modules
 from serving.device.choose import choose_attention, make_passes
 from serving.memory import PageBudget, PassSize, estimate_pass_bytes, peak_bytes, size_cache
 from serving.passes import Passes
@@ -21,6 +22,7 @@ from split_llama.checkpoint import Checkpoint
 from split_llama.config import BlockRange, ModelConfig, Partition
 from split_llama.engine.engine import PAGE_SIZE, Engine
 from split_llama.engine.kv_cache import KV_DTYPES, Order, kv_page_bytes
+from split_llama.engine.low_rank import NO_ADAPTER, AdapterBank
 from split_llama.errors import UsageError
 from split_llama.layers import Segment
 from split_llama.load import load_packed_segment, parse_device, parse_dtype
@@ -53,6 +55,7 @@ class Hosted:
     max_rows: int
     max_num_seqs: int
     slices: Slices
+    adapters: HostedAdapters
 
     @property
     def config(self) -> ModelConfig:
@@ -116,15 +119,20 @@ def load_hosted(settings: ServerSettings, folder: Path) -> Hosted:
     numerics = Numerics(_dtype(settings, checkpoint, device), settings.quantization, device)
     dtype = numerics.compute
     max_model_len = _max_model_len(settings, config)
+    adapters = HostedAdapters.read(parse_lora_modules(settings.lora_modules), config, blocks)
+    name = settings.served_model_name or _model_name(settings.model, folder)
+    if name in adapters.names:
+        raise UsageError(f"--lora-modules: {name!r} is the name of the model itself; give the adapter another")
     attention = choose_attention(settings.attention, config, device, PAGE_SIZE)
     segment = load_packed_segment(checkpoint, blocks, numerics)
+    bank = adapters.bank(segment)
     max_rows = settings.max_num_batched_tokens or (BATCH_ROWS_CUDA if device.type == "cuda" else BATCH_ROWS_CPU)
     kv_dtype = dtype if settings.kv_cache_dtype == "auto" else KV_DTYPES[settings.kv_cache_dtype]
     largest = PassSize(max_rows, max_step_rows(max_rows), max_model_len)
 
     def workspace() -> int:
         if device.type == "cuda":
-            return peak_bytes(device, largest_pass(segment, largest, kv_dtype))
+            return settings.extension_bytes + peak_bytes(device, largest_pass(segment, largest, kv_dtype, bank))
         return estimate_pass_bytes(config, largest, dtype, kv_dtype)
 
     pages = size_cache(
@@ -144,9 +152,10 @@ def load_hosted(settings: ServerSettings, folder: Path) -> Hosted:
         kv_dtype=kv_dtype,
         swap_pages=pages.swap_pages,
         kv_order=Order.HEADS if attention == "torch" else Order.PAGES,
+        adapters=bank,
     )
     hosted = Hosted(
-        name=settings.served_model_name or _model_name(settings.model, folder),
+        name=name,
         checkpoint=checkpoint,
         allowed=allowed,
         numerics=numerics,
@@ -157,21 +166,25 @@ def load_hosted(settings: ServerSettings, folder: Path) -> Hosted:
         max_rows=max_rows,
         max_num_seqs=settings.max_num_seqs,
         slices=Slices(checkpoint, allowed),
+        adapters=adapters,
     )
     _log_cache(hosted)
     return hosted
 
 
-def largest_pass(segment: Segment, size: PassSize, kv_dtype: torch.dtype) -> Callable[[], object]:
+def largest_pass(
+    segment: Segment, size: PassSize, kv_dtype: torch.dtype, adapters: AdapterBank | None = None
+) -> Callable[[], object]:
     """Prepare a pass of the largest size over pages of its own, to be run once.
 
-    It has a step at the end of the longest session, and others that fill it up.
+    It has a step at the end of the longest session, and others that fill it up; all with an adapter, if there is any.
     """
     rows = [min(size.step_rows, size.rows - start) for start in range(0, size.rows, size.step_rows)]
     before = max(0, size.positions - rows[0])
     num_pages = -(-(before + rows[0]) // PAGE_SIZE) + sum(-(-count // PAGE_SIZE) for count in rows[1:])
-    engine = Engine(segment, num_pages=num_pages, page_size=PAGE_SIZE, kv_dtype=kv_dtype)
-    sequences = [engine.sequence(engine.blocks, before + size.rows) for _ in rows]
+    engine = Engine(segment, num_pages=num_pages, page_size=PAGE_SIZE, kv_dtype=kv_dtype, adapters=adapters)
+    adapter = NO_ADAPTER if adapters is None else 0
+    sequences = [engine.sequence(engine.blocks, before + size.rows, adapter) for _ in rows]
     # Never computed: what lies in these pages does not matter.
     sequences[0].append(before)
     plan = engine.plan([sequence.append(count) for sequence, count in zip(sequences, rows, strict=True)])

@@ -23,8 +23,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
 
-        def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
-            return Counter(name, text, labels, namespace=PREFIX, registry=self.registry)
+        counter = self.counter
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             made = Histogram(f"{PREFIX}_{name}", text, buckets)
@@ -63,6 +62,10 @@ class Metrics:
         self.pass_seconds = histogram("model_pass_seconds", "One pass over the hosted blocks", _TOKEN)
         self.pass_rows = histogram("batch_rows", "Rows in one pass", _ROWS)
         self.pass_sequences = histogram("batch_sequences", "Sessions in one pass", _ROWS)
+
+    def counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+        """Add a counter."""
+        return Counter(name, text, labels, namespace=PREFIX, registry=self.registry)
 
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """Add a gauge whose value is read whenever somebody asks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
@@ -59,17 +60,9 @@ def _authenticator(core: Core) -> Any:
 def _models(core: Core) -> APIRouter:
     router = APIRouter(dependencies=[_authenticator(core)])
 
-    @router.get("/models", summary="The served model, in OpenAI's list shape")
+    @router.get("/models", summary="The served model and its adapters, in OpenAI's list shape")
     async def models() -> dict[str, Any]:
-        hosted = core.hosted
-        model = {
-            "id": hosted.name,
-            "object": "model",
-            "created": core.started,
-            "owned_by": "fl-llama",
-            "max_model_len": hosted.max_model_len,
-        }
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": list_models(core)}
 
     @router.get("/model", summary="What is hosted, and what an edge needs to know before it connects")
     async def model() -> dict[str, Any]:
@@ -87,7 +80,27 @@ def _models(core: Core) -> APIRouter:
     ) -> Response:
         return await send_file(core, Partition(p, q), name, request)
 
+    @router.get("/adapters/{name}/edge", response_class=Response, summary="What an edge of partition p,q needs of one")
+    async def adapter(name: str, p: Annotated[int, Query(ge=0)], q: Annotated[int, Query(ge=0)]) -> Response:
+        hosted, partition = core.hosted, Partition(p, q)
+        hosted.slices.check(partition)
+        data = await asyncio.to_thread(hosted.adapters.edge_part, name, partition, hosted.name)
+        return Response(data, media_type="application/octet-stream")
+
     return router
+
+
+def list_models(core: Core) -> list[dict[str, Any]]:
+    """Give the entries of `GET /v1/models`; as in vLLM, an adapter's `parent` is the model it belongs to."""
+    hosted = core.hosted
+    common = {
+        "object": "model",
+        "created": core.started,
+        "owned_by": "fl-llama",
+        "max_model_len": hosted.max_model_len,
+    }
+    base = {"id": hosted.name, **common, "root": hosted.name, "parent": None}
+    return [base, *({"id": name, **common, "root": name, "parent": hosted.name} for name in hosted.adapters.names)]
 
 
 def _sessions(core: Core) -> APIRouter:
@@ -135,6 +148,7 @@ def describe(core: Core) -> dict[str, Any]:
         "codecs": [codec.label for codec in Codec],
         "max_frame_bytes": hosted.max_frame_bytes,
         "page_size": hosted.pages.page_size,
+        "adapters": hosted.adapters.describe(),
         "version": server_version(),
     }
 
@@ -144,6 +158,7 @@ def _describe_session(core: Core, entry: Entry) -> dict[str, Any]:
     return {
         "id": entry.ident,
         "blocks": [entry.blocks.start, entry.blocks.stop],
+        "adapter": core.hosted.adapters.name(session.sequence.adapter),
         "length": session.settled.length,
         "seq": session.applied,
         "state": session.phase.value,

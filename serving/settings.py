@@ -84,6 +84,9 @@ class ServerSettings:
         metavar="GIB",
     )
     served_model_name: str | None = setting(None, "name under which the model is listed")
+    lora_modules: tuple[str, ...] = setting(
+        (), "hold a LoRA adapter, a PEFT folder, under a name; may be given several times", metavar="NAME=DIR"
+    )
     api_key: str | None = setting(None, "a key that clients must send", secret=True)
     api_key_file: Path | None = setting(None, "file of keys made by `split-server keys create`")
     ssl_certfile: Path | None = setting(None, "certificate (PEM): serve https and wss")
@@ -102,6 +105,22 @@ class ServerSettings:
         None, "at shutdown, send clients to this server: they bring their sessions along", metavar="URL"
     )
 
+    extension: tuple[str, ...] = setting(
+        (), "run this beside inference: training (split fine-tuning); may be given several times", metavar="NAME"
+    )
+    extension_dir: Path | None = setting(
+        None, "folder where extensions keep their files, such as jobs and checkpoints (default: the user's own)"
+    )
+    extension_memory: float = setting(
+        2.0, "memory, in GiB, for what an extension has under way (activations)", check=_positive, metavar="GIB"
+    )
+    background_share: float = setting(
+        0.5, "share of the time that extensions get while somebody generates", check=_fraction, metavar="FRACTION"
+    )
+    background_quantum: float = setting(
+        20.0, "an extension computes so long at a time, less beside fast chats", check=_positive, metavar="MS"
+    )
+
     def check(self) -> None:
         """Raise `UsageError` for settings that do not go together."""
         if self.successor is not None:
@@ -115,6 +134,19 @@ class ServerSettings:
                 raise UsageError(f"there is no file {path}")
         if self.root_path and not self.root_path.startswith("/"):
             raise UsageError(f"--root-path must begin with a slash, got {self.root_path!r}")
+
+    @property
+    def extension_bytes(self) -> int:
+        """The memory of extensions in bytes; 0 without any."""
+        return int(self.extension_memory * 2**30) if self.extension else 0
+
+    def extension_folder(self) -> Path:
+        """Folder of what extensions keep."""
+        if self.extension_dir is not None:
+            return self.extension_dir
+        import platformdirs
+
+        return platformdirs.user_state_path("fl-llama") / "server"
 
     @property
     def is_loopback(self) -> bool:

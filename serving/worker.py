@@ -19,11 +19,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
+from serving.background import Background
 from serving.figures import Figures
 from serving.memory import give_back, is_out_of_memory
 from serving.metrics import Metrics
 from serving.pace import Pace
 from serving.passes import Outcome, Passes
+from serving.quanta import Quanta
 from serving.registry import Entry, Registry
 from serving.room import Room
 from serving.scheduler import Candidate, Pick, Scheduler
@@ -74,6 +78,7 @@ class Worker:
         metrics: Metrics,
         clock: Callable[[], float],
         evict_after: float,
+        quanta: Quanta,
     ) -> None:
         self._engine = engine
         self._passes = passes
@@ -89,6 +94,7 @@ class Worker:
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        self.background = Background(self._engine_thread, self._idle, quanta, clock, _settler(engine.segment.device))
         self._unfinished = 0
         self._pace = Pace()
         self._ending: set[asyncio.Task[None]] = set()
@@ -280,11 +286,17 @@ class Worker:
                     continue
                 entry.session.complete(step, reply)
                 entry.send(reply)
+                self._note_decode(entry, step, outcome.model_seconds, now)
                 self._figures.replied(entry, step, now)
             entry.active_at = now
             self._settle(entry)
         kept = [one.steps[index] for index in one.kept]
         self._figures.passed(kept, len(one.shares), outcome.model_seconds, now)
+
+    def _note_decode(self, entry: Entry, step: Step, model_seconds: float, now: float) -> None:
+        """Tell the background what a token takes by itself: the edge's and the link's time, and the model's."""
+        if step.is_decode and entry.last_reply_at is not None:
+            self.background.quanta.decoded(now, step.arrived - entry.last_reply_at + model_seconds)
 
     def _settle(self, entry: Entry) -> None:
         """Say what was held back while steps were running; what was queued meanwhile may go now."""
@@ -312,3 +324,10 @@ class Worker:
         self._room.forget(entry)
         if entry.mailbox is not None:
             entry.send(entry.session.resync())
+
+
+def _settler(device: torch.device) -> Callable[[], None]:
+    """Give what waits until the device has done all that it was told."""
+    if device.type == "cuda":
+        return lambda: torch.cuda.synchronize(device)
+    return lambda: None

@@ -67,6 +67,17 @@ class BareBlock:
 
 
 def _multiply(linear: FusedLinear) -> Multiply:
+    product = _product(linear)
+
+    def multiply(x: Tensor) -> Tensor:
+        # Looked up each time: adapters come and go while the block stays.
+        out, low_rank = product(x), linear.low_rank
+        return out if low_rank is None else low_rank(x, out)
+
+    return multiply
+
+
+def _product(linear: FusedLinear) -> Multiply:
     if linear.product is not None:
         return linear.product
     weight, bias = linear.weight, linear.bias

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from split_llama.config import BlockRange, ModelConfig, Rope
+from split_llama.lora import LowRank
 from split_llama.products import Numerics, Product
 
 
@@ -133,9 +134,16 @@ class FusedLinear(nn.Module):
         self.weight: nn.Parameter | None = _empty((rows, width), dtype, device)
         self.bias = _empty((rows,), dtype, device) if bias else None
         self.product: Product | None = None
+        # Adds adapters' updates, with their parts side by side as the outputs are; None where there are none.
+        self.low_rank: LowRank | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Give all parts' outputs side by side, `[N, sum of parts]`."""
+        out = self.multiply(x)
+        return out if self.low_rank is None else self.low_rank(x, out)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Give the outputs of the base weights alone."""
         if self.product is not None:
             return self.product(x)
         assert self.weight is not None, "a matrix is dense or packed"

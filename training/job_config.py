@@ -6,6 +6,7 @@ from `seed`, so the object and the clients' data decide the final weights.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -15,9 +16,6 @@ from split_llama.config import BlockRange, Partition
 from split_llama.errors import UsageError
 from split_llama.lora import LoraConfig
 from split_llama.settings import nearest
-
-SEGMENTS = ("A", "B", "C")
-CODECS = ("fp32", "bf16", "fp16", "int8")
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)]
@@ -37,7 +35,7 @@ class LoraPart(_Part):
     alpha: Positive = 16.0
     dropout: Fraction = 0.0
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    segments: tuple[Literal["A", "B", "C"], ...] = SEGMENTS
+    segments: tuple[Literal["A", "B", "C"], ...] = ("A", "B", "C")
     rslora: bool = False
 
     @property
@@ -125,8 +123,6 @@ class JobConfig(_Part):
         """Read a JSON or TOML table. Raises `UsageError` that names each wrong field."""
         try:
             # Through JSON's rules: a list is a tuple, and nothing else is bent.
-            import json
-
             return cls.model_validate_json(json.dumps(dict(raw)))
         except ValidationError as error:
             faults = error.errors(include_url=False, include_context=False)

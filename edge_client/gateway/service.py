@@ -69,7 +69,8 @@ class AnswerService:
         self.edge = edge
         self.settings = settings
         self.metrics = GatewayMetrics()
-        self.model = gateway.served_model_name or edge.source.card.id
+        adapter = edge.source.adapter
+        self.model = gateway.served_model_name or (adapter.name if adapter else edge.source.card.id)
         self.started = int(time.time())
         folder = edge.source.folder
         self.prompts = ChatPrompts(edge.source, edge.tokenizer)

@@ -18,8 +18,9 @@ from kernels.paged_attention.planner import Tiles
 from kernels.rms_norm.kernel import add_rms_norm
 from kernels.rotary_write.kernel import rotary_write
 from kernels.silu_mul.kernel import silu_mul
+from serving.device.adapters import DeviceAdapters
 from split_llama.config import BlockRange
-from split_llama.layers import MLP, Attention, Block, RMSNorm, Segment
+from split_llama.layers import MLP, Attention, Block, FusedLinear, RMSNorm, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +38,15 @@ class BlockInputs:
 
     `positions` int32 `[N]` are rotary positions; `slots` int64 `[N]` where K and V go, -1 for nowhere. `launches` has
     an entry per distinct window. `passes_by` bool `[blocks of the span, N, 1]` says which rows a block leaves alone;
-    `None` where it changes all of them.
+    `None` where it changes all of them. `adapters` int32 `[N]` are the numbers of the rows' adapters, -1 for none;
+    `None` where no row has one.
     """
 
     positions: Tensor
     slots: Tensor
     launches: Mapping[int, Sequence[AttentionLaunch]]
     passes_by: Tensor | None = None
+    adapters: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +58,33 @@ class _Pass:
     inputs: BlockInputs
     queries: Tensor
     attended: Tensor
+    adapters: DeviceAdapters | None
+
+    def multiply(self, linear: FusedLinear, x_ND: Tensor) -> Tensor:
+        """Give a matrix's outputs, with the rows' adapters."""
+        out_NO = linear.multiply(x_ND)
+        if self.adapters is not None and self.inputs.adapters is not None:
+            self.adapters.add(linear, x_ND, self.inputs.adapters, out_NO)
+        return out_NO
 
 
 def run_blocks(
-    segment: Segment, span: BlockRange, x_ND: Tensor, inputs: BlockInputs, pages: Sequence[KVPages]
+    segment: Segment,
+    span: BlockRange,
+    x_ND: Tensor,
+    inputs: BlockInputs,
+    pages: Sequence[KVPages],
+    adapters: DeviceAdapters | None = None,
 ) -> Tensor:
     """Run rows `[N, D]` through the blocks of `span`; `pages` has an entry per block of the segment.
 
-    `x_ND` is left as it is. Nothing here waits for the device.
+    `adapters` are those that `inputs.adapters` numbers. `x_ND` is left as it is. Nothing here waits for the device.
     """
     config = segment.config
     shape = (len(x_ND), config.num_attention_heads, config.head_dim)
     # Rows that no work item covers (padding) stay zero instead of turning into whatever the memory held.
     attended_NHK = x_ND.new_zeros(shape)
-    one_pass = _Pass(segment, pages, inputs, torch.empty_like(attended_NHK), attended_NHK)
+    one_pass = _Pass(segment, pages, inputs, torch.empty_like(attended_NHK), attended_NHK, adapters)
     stream_ND, branch_ND, normed_ND = x_ND, None, torch.empty_like(x_ND)
     for place, block in enumerate(range(span.start, span.stop)):
         layer = segment.layers[block - segment.blocks.start]
@@ -76,7 +92,7 @@ def run_blocks(
         stream_ND = _norm(layer.input_layernorm, branch_ND, stream_ND, normed_ND)
         branch_ND = _for_participants(place, inputs, _attention(one_pass, block, layer.self_attn, normed_ND))
         stream_ND = _norm(layer.post_attention_layernorm, branch_ND, stream_ND, normed_ND)
-        branch_ND = _for_participants(place, inputs, _mlp(layer.mlp, normed_ND))
+        branch_ND = _for_participants(place, inputs, _mlp(one_pass, layer.mlp, normed_ND))
     return stream_ND if branch_ND is None else stream_ND + branch_ND
 
 
@@ -92,7 +108,7 @@ def _norm(norm: RMSNorm, branch_ND: Tensor | None, stream_ND: Tensor, normed_ND:
 def _attention(one_pass: _Pass, block: int, attention: Attention, x_ND: Tensor) -> Tensor:
     config, inputs = one_pass.segment.config, one_pass.inputs
     pages = one_pass.pages[block - one_pass.segment.blocks.start]
-    qkv_NXK = attention.qkv_proj(x_ND).view(len(x_ND), -1, config.head_dim)
+    qkv_NXK = one_pass.multiply(attention.qkv_proj, x_ND).view(len(x_ND), -1, config.head_dim)
     rotary_write(
         qkv_NXK,
         inputs.positions,
@@ -107,8 +123,7 @@ def _attention(one_pass: _Pass, block: int, attention: Attention, x_ND: Tensor) 
         q_out_NHK=one_pass.queries,
     )
     attend(block, one_pass.segment, one_pass.queries, pages, inputs, one_pass.attended)
-    out: Tensor = attention.o_proj(one_pass.attended.flatten(1))
-    return out
+    return one_pass.multiply(attention.o_proj, one_pass.attended.flatten(1))
 
 
 def attend(block: int, segment: Segment, q_NHK: Tensor, pages: KVPages, inputs: BlockInputs, out_NHK: Tensor) -> None:
@@ -127,12 +142,11 @@ def attend(block: int, segment: Segment, q_NHK: Tensor, pages: KVPages, inputs: 
         )
 
 
-def _mlp(mlp: MLP, x_ND: Tensor) -> Tensor:
-    gate_up_N2I = mlp.gate_up_proj(x_ND)
+def _mlp(one_pass: _Pass, mlp: MLP, x_ND: Tensor) -> Tensor:
+    gate_up_N2I = one_pass.multiply(mlp.gate_up_proj, x_ND)
     gated_NI = gate_up_N2I.new_empty((len(x_ND), gate_up_N2I.shape[1] // 2))
     silu_mul(gate_up_N2I, gated_NI)
-    out: Tensor = mlp.down_proj(gated_NI)
-    return out
+    return one_pass.multiply(mlp.down_proj, gated_NI)
 
 
 def _for_participants(place: int, inputs: BlockInputs, branch_ND: Tensor) -> Tensor:

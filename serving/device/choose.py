@@ -74,6 +74,7 @@ def make_passes(engine: Engine, attention: str, *, max_rows: int, max_sequences:
     from serving.device.passes import DevicePasses
     from serving.device.runner import Runner
 
-    passes = DevicePasses(Runner(engine.segment, engine.cache, Most(max_rows, max_sequences)))
+    most = Most(max_rows, max_sequences)
+    passes = DevicePasses(Runner(engine.segment, engine.cache, most, adapters=engine.adapters))
     passes.warm_up(WARM_UP_SECONDS)
     return passes

@@ -8,6 +8,7 @@ nothing. Rows of sessions with other blocks pass by where they do not take part.
 from __future__ import annotations
 
 import bisect
+import itertools
 import logging
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from kernels.frame_codec.kernel import decode_rows
 from kernels.kv_pages import KVPages
+from serving.device.adapters import DeviceAdapters
 from serving.device.blocks import run_blocks
 from serving.device.device import Device
 from serving.device.inputs import Capacity, Geometry, HostInputs, LaunchCapacity, block_inputs, fields, fill
@@ -71,12 +73,19 @@ class Graphs:
     """
 
     def __init__(
-        self, segment: Segment, pages: Sequence[KVPages], geometry: Geometry, device: Device, most: Most
+        self,
+        segment: Segment,
+        pages: Sequence[KVPages],
+        geometry: Geometry,
+        device: Device,
+        most: Most,
+        adapters: DeviceAdapters | None = None,
     ) -> None:
         self._segment = segment
         self._pages = pages
         self._geometry = geometry
         self._device = device
+        self._adapters = adapters
         self._max_sequences = most.sequences
         self._ladder = row_ladder(min(most.rows, MAX_GRAPH_ROWS))
         self._graphs: dict[Capacity, _Graph] = {}
@@ -132,7 +141,8 @@ class Graphs:
             for launch in needs.launches
             for items in [_power_of_two(launch.items)]
         )
-        return Capacity(rows, rows, max(LEAST_PAGES, _power_of_two(needs.pages)), tuple(launches), needs.mixed)
+        pages = max(LEAST_PAGES, _power_of_two(needs.pages))
+        return Capacity(rows, rows, pages, tuple(launches), needs.mixed, needs.adapted)
 
     def _put_rows(self, rows: RowSource | Tensor) -> RowSource | None:
         if isinstance(rows, Tensor):
@@ -156,7 +166,7 @@ class Graphs:
         def work() -> None:
             decode_rows(self._payload, tensors["offsets"], tensors["codecs"], states, aligned=states.shape[1] % 2 == 0)
             inputs = block_inputs(tensors, capacity, segment.blocks, geometry)
-            outputs.copy_(run_blocks(segment, segment.blocks, states, inputs, self._pages))
+            outputs.copy_(run_blocks(segment, segment.blocks, states, inputs, self._pages, self._adapters))
 
         # Captured on padding alone: nothing is stored, nothing is read.
         host = arena.take(packing.size)
@@ -181,18 +191,22 @@ class Graphs:
         log.info("captured %d graphs seconds=%.1f", len(likely), time.perf_counter() - started)
 
     def _likely(self) -> Iterator[Capacity]:
-        """Yield capacities of decode passes: one row per session, short contexts first, plain before mixed."""
+        """Yield capacities of decode passes: one row per session, short contexts first, plain before mixed.
+
+        Those with adapters come last.
+        """
         seen: set[Capacity] = set()
         segment, geometry = self._segment, self._geometry
         full = bisect.bisect_left(self._ladder, min(self._max_sequences, self._ladder[-1]))
-        for mixed in (False, True) if len(segment.blocks) > 1 else (False,):
-            for chunks in WARM_UP_CHUNKS:
-                for rows in self._ladder[: full + 1]:
-                    launch = LaunchCapacity(geometry.tiles(1), rows * chunks, rows * chunks)
-                    capacity = self.fit(Capacity(rows, rows, 1, (launch,), mixed))
-                    if capacity not in seen:
-                        seen.add(capacity)
-                        yield capacity
+        mixtures = (False, True) if len(segment.blocks) > 1 else (False,)
+        adapted = (False,) if self._adapters is None else (False, True)
+        kinds = itertools.product(adapted, mixtures, WARM_UP_CHUNKS, self._ladder[: full + 1])
+        for with_adapters, mixed, chunks, rows in kinds:
+            launch = LaunchCapacity(geometry.tiles(1), rows * chunks, rows * chunks)
+            capacity = self.fit(Capacity(rows, rows, 1, (launch,), mixed, with_adapters))
+            if capacity not in seen:
+                seen.add(capacity)
+                yield capacity
 
 
 def _power_of_two(value: int) -> int:

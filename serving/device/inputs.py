@@ -30,14 +30,15 @@ from serving.device.blocks import AttentionLaunch, BlockInputs
 from serving.device.memory import Field
 from serving.device.staging import RowSource
 from split_llama.config import BlockRange
+from split_llama.engine.low_rank import NO_ADAPTER
 from split_llama.engine.plan import SequenceRun
 from split_llama.layers import Segment
 
 Integers = npt.NDArray[Any]
 # A table's width is a number in the launch: multiples of 16 compile to one kernel.
 TABLE_STEP = 16
-# What padding means: a row that is not stored and not decoded, an item that does nothing.
-PADDING = {"slots": -1, "codecs": -1, "items": -1}
+# What padding means: a row that is not stored, not decoded and not adapted, an item that does nothing.
+PADDING = {"slots": -1, "codecs": -1, "items": -1, "adapters": -1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ class LaunchCapacity:
 class Capacity:
     """The sizes of a pass's arrays: rows, sequences, pages of a table, and what each class of launches takes.
 
-    `mixed` says that rows may pass by blocks, and that an array says which.
+    `mixed` says that rows may pass by blocks, and that an array says which; `adapted` that rows may have adapters.
     """
 
     rows: int
@@ -100,6 +101,7 @@ class Capacity:
     pages: int
     launches: tuple[LaunchCapacity, ...]
     mixed: bool
+    adapted: bool = False
 
     def combines(self, launch: LaunchCapacity) -> int:
         """Give the most combines that a launch can have: each joins two slots at least and serves rows of its own."""
@@ -111,7 +113,8 @@ class HostInputs:
     """A pass's integers on the host.
 
     `positions` int32, `slots` int64, `row_slots` int32, `ancestors` int64 `[N]`; `sequences` int32 `[S, 4]`; `tables`,
-    one per run; `plans` by window and tiles; `passes_by` bool `[blocks, N, 1]`, or `None` where no row does.
+    one per run; `plans` by window and tiles; `passes_by` bool `[blocks, N, 1]`, or `None` where no row does; `adapters`
+    int32 `[N]`, or `None` where no row has one.
     """
 
     positions: Integers
@@ -122,6 +125,7 @@ class HostInputs:
     tables: Integers
     plans: Mapping[tuple[int, Tiles], AttentionPlan]
     passes_by: Integers | None
+    adapters: Integers | None
 
     @property
     def needs(self) -> Capacity:
@@ -137,6 +141,7 @@ class HostInputs:
             pages=self.tables.shape[1],
             launches=tuple(sorted(launches.values(), key=lambda launch: (launch.tiles.rows, launch.tiles.keys))),
             mixed=self.passes_by is not None,
+            adapted=self.adapters is not None,
         )
 
 
@@ -157,6 +162,7 @@ def host_inputs(runs: Sequence[SequenceRun], span: BlockRange, geometry: Geometr
         tables=tables,
         plans=_plans(runs, span, geometry),
         passes_by=_passes_by(runs, span, counts),
+        adapters=_adapters(runs, counts),
     )
 
 
@@ -202,6 +208,13 @@ def _passes_by(runs: Sequence[SequenceRun], span: BlockRange, counts: Sequence[i
     return passes_by
 
 
+def _adapters(runs: Sequence[SequenceRun], counts: Sequence[int]) -> Integers | None:
+    if all(run.adapter == NO_ADAPTER for run in runs):
+        return None
+    adapters: Integers = np.repeat(np.array([run.adapter for run in runs], np.int32), counts)
+    return adapters
+
+
 def fields(capacity: Capacity, span: BlockRange, geometry: Geometry) -> list[Field]:
     """List the arrays of a pass of this capacity; `offsets` and `codecs` are those of the rows' payloads."""
     rows, sequences = capacity.rows, capacity.sequences
@@ -222,6 +235,8 @@ def fields(capacity: Capacity, span: BlockRange, geometry: Geometry) -> list[Fie
             listed.append(Field(f"combines.{name}", "int32", (capacity.combines(launch), COMBINE_FIELDS)))
     if capacity.mixed:
         listed.append(Field("passes_by", "bool", (len(span), rows, 1)))
+    if capacity.adapted:
+        listed.append(Field("adapters", "int32", (rows,)))
     return listed
 
 
@@ -257,6 +272,8 @@ def _by_name(inputs: HostInputs) -> dict[str, Integers]:
         given[f"combines.{name}"] = np.frombuffer(plan.combines, np.int32).reshape(-1, COMBINE_FIELDS)
     if inputs.passes_by is not None:
         given["passes_by"] = inputs.passes_by
+    if inputs.adapters is not None:
+        given["adapters"] = inputs.adapters
     return given
 
 
@@ -278,6 +295,7 @@ def block_inputs(
             for window in windows
         },
         passes_by=tensors.get("passes_by"),
+        adapters=tensors.get("adapters"),
     )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels.frame_codec.kernel import decode_rows
 from kernels.kv_pages import KVPages
+from serving.device.adapters import DeviceAdapters
 from serving.device.blocks import run_blocks
 from serving.device.device import Device, make_device
 from serving.device.edits import apply_edits, warm_up_edits
@@ -27,6 +28,7 @@ from serving.device.memory import HostArena, Packing, upload
 from serving.device.staging import RowSource
 from split_llama.config import BlockRange
 from split_llama.engine.kv_cache import KVCache
+from split_llama.engine.low_rank import AdapterBank
 from split_llama.engine.plan import BatchPlan, SequenceRun, Stage
 from split_llama.layers import Segment
 
@@ -48,15 +50,25 @@ class Runner:
     """
 
     def __init__(
-        self, segment: Segment, cache: KVCache, most: Most, *, device: Device | None = None, graphs: bool = True
+        self,
+        segment: Segment,
+        cache: KVCache,
+        most: Most,
+        *,
+        adapters: AdapterBank | None = None,
+        device: Device | None = None,
+        graphs: bool = True,
     ) -> None:
         self.segment = segment
         self.device = device or make_device(segment.device)
         self._cache = cache
         self._pages = pages_of(cache)
+        self._adapters = None if adapters is None else DeviceAdapters(adapters)
         self._geometry = Geometry.of(segment, self._pages[0])
         with self.device.entered():
-            self.graphs = Graphs(segment, self._pages, self._geometry, self.device, most) if graphs else None
+            self.graphs = (
+                Graphs(segment, self._pages, self._geometry, self.device, most, self._adapters) if graphs else None
+            )
 
     @property
     def width(self) -> int:
@@ -119,7 +131,7 @@ class Runner:
         buffer = torch.empty(packing.size, dtype=torch.uint8, device=self.device.torch_device)
         buffer.copy_(host, non_blocking=True)
         placed = block_inputs(packing.tensors(buffer), capacity, span, self._geometry)
-        return run_blocks(self.segment, span, states, placed, self._pages)
+        return run_blocks(self.segment, span, states, placed, self._pages, self._adapters)
 
     @torch.inference_mode()
     def warm_up(self, seconds: float) -> None:
@@ -137,7 +149,7 @@ class Runner:
         """Run rows that are all padding, with every class of launches that runs of any length call for."""
         classes = {self._geometry.tiles(count) for count in range(1, PREFILL_ROWS + 1)}
         launches = tuple(LaunchCapacity(tiles, items=2, slots=2) for tiles in classes)
-        capacity = Capacity(PREFILL_ROWS, 1, TABLE_STEP, launches, mixed=False)
+        capacity = Capacity(PREFILL_ROWS, 1, TABLE_STEP, launches, mixed=False, adapted=self._adapters is not None)
         shape = (PREFILL_ROWS, self.width)
         states = torch.zeros(shape, dtype=self.segment.dtype, device=self.device.torch_device)
         self._run_eagerly(self.segment.blocks, capacity, None, states, arena)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from split_llama.config import BlockRange
 from split_llama.engine.attention import Attention, TorchAttention
 from split_llama.engine.kv_cache import KVCache, Order
+from split_llama.engine.low_rank import NO_ADAPTER, AdapterBank
 from split_llama.engine.pages import PagePool
 from split_llama.engine.plan import BatchPlan, SequenceRun, Stage
 from split_llama.engine.sequence import Sequence
@@ -31,10 +33,13 @@ class Executor(Protocol):
 class SegmentExecutor:
     """Runs plans over a segment and its cache in this process."""
 
-    def __init__(self, segment: Segment, cache: KVCache, attention: Attention) -> None:
+    def __init__(
+        self, segment: Segment, cache: KVCache, attention: Attention, adapters: AdapterBank | None = None
+    ) -> None:
         self._segment = segment
         self._cache = cache
         self._attention = attention
+        self._adapters = adapters
 
     @torch.inference_mode()
     def run(self, plan: BatchPlan, states: Tensor) -> Tensor:
@@ -57,8 +62,14 @@ class SegmentExecutor:
         positions = torch.tensor([p for run in runs for p in run.rotary_positions()], device=states.device)
         windows = self._segment.config.sliding_windows
         attend = self._attention.plan(runs, self._cache, windows)
-        out: Tensor = self._segment(stage.blocks, states, positions, attend)
+        with self._adapted(stage.blocks, runs):
+            out: Tensor = self._segment(stage.blocks, states, positions, attend)
         return out
+
+    def _adapted(self, blocks: BlockRange, runs: list[SequenceRun]) -> AbstractContextManager[None]:
+        if self._adapters is None or all(run.adapter == NO_ADAPTER for run in runs):
+            return nullcontext()
+        return self._adapters.over(blocks, [run.adapter for run in runs for _ in range(run.count)])
 
 
 class Engine:
@@ -77,8 +88,10 @@ class Engine:
         kv_dtype: torch.dtype | None = None,
         swap_pages: int = 0,
         kv_order: Order = Order.PAGES,
+        adapters: AdapterBank | None = None,
     ) -> None:
         self.segment = segment
+        self.adapters = adapters
         self.pool = PagePool(num_pages, page_size, swap_pages)
         self.cache = KVCache(
             segment.config,
@@ -91,20 +104,24 @@ class Engine:
             swap_pages=swap_pages,
             order=kv_order,
         )
-        self.executor: Executor = SegmentExecutor(segment, self.cache, attention or TorchAttention())
+        self.executor: Executor = SegmentExecutor(segment, self.cache, attention or TorchAttention(), adapters)
 
     @property
     def blocks(self) -> BlockRange:
         """The blocks hosted here."""
         return self.segment.blocks
 
-    def sequence(self, blocks: BlockRange, max_length: int) -> Sequence:
-        """Start an empty sequence over `blocks`. Raises `PartitionNotAllowed` unless they are hosted here."""
+    def sequence(self, blocks: BlockRange, max_length: int, adapter: int = NO_ADAPTER) -> Sequence:
+        """Start an empty sequence over `blocks`, with an adapter of the engine's or none.
+
+        Raises `PartitionNotAllowed` unless the blocks are hosted here.
+        """
+        assert adapter == NO_ADAPTER or (self.adapters is not None and 0 <= adapter < self.adapters.count)
         if not self.blocks.contains(blocks):
             raise PartitionNotAllowed(
                 f"blocks {blocks} asked for, blocks {self.blocks} are hosted here; choose a partition inside them"
             )
-        return Sequence(self.pool, blocks, max_length)
+        return Sequence(self.pool, blocks, max_length, adapter)
 
     def plan(self, runs: Iterable[SequenceRun]) -> BatchPlan:
         """Make the plan of one pass; plans must run in the order in which they were made.

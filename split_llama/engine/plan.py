@@ -19,6 +19,7 @@ class SequenceRun:
     """One sequence's share of a pass: `count` new rows at slots `[first, first + count)`.
 
     `block_table` lists the sequence's pages. `tree` holds the ancestor bits of a draft tree's rows, else it is `None`.
+    `adapter` is the number of the rows' adapter, -1 for none.
     """
 
     blocks: BlockRange
@@ -27,6 +28,7 @@ class SequenceRun:
     first: int
     count: int
     tree: tuple[int, ...] | None = None
+    adapter: int = -1
 
     def ancestors(self, row: int) -> int:
         """Give the ancestor bits of a row; 0 outside a tree."""

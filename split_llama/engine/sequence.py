@@ -21,8 +21,9 @@ class Sequence:
     Between `swap_out` and `swap_in` their contents lie in host memory, and only lengths may be asked for.
     """
 
-    def __init__(self, pool: PagePool, blocks: BlockRange, max_length: int) -> None:
+    def __init__(self, pool: PagePool, blocks: BlockRange, max_length: int, adapter: int = -1) -> None:
         self.blocks = blocks
+        self.adapter = adapter
         self.max_length = max_length
         self._pool = pool
         self._table: list[int] = []
@@ -92,7 +93,7 @@ class Sequence:
         self._reserve(first, end)
         self._length = end
         mask = MaskDescriptor(kv_len=end) if tree is None else MaskDescriptor(kv_len=end, tail_begin=first)
-        return SequenceRun(self.blocks, self.block_table, mask, first, count, tree)
+        return SequenceRun(self.blocks, self.block_table, mask, first, count, tree, self.adapter)
 
     def _reserve(self, first: int, end: int) -> None:
         """Make the slots `[first, end)` writable: new pages, and a copy of a shared page that is partly filled."""
@@ -151,7 +152,7 @@ class Sequence:
         assert self._ticket is None, "swap the sequence in first"
         if not 0 <= at <= self.committed:
             raise PositionGap(f"cannot fork at {at}: the sequence has {self.committed} committed positions")
-        child = Sequence(self._pool, self.blocks, self.max_length)
+        child = Sequence(self._pool, self.blocks, self.max_length, self.adapter)
         child._table = self._table[: -(-at // self._pool.page_size)]
         child._length = at
         self._pool.share(child._table)

@@ -14,8 +14,10 @@ from serving.passes import HostPasses
 from serving.steps import Step
 from split_llama.config import BlockRange, ModelConfig
 from split_llama.engine.engine import Engine
+from split_llama.engine.low_rank import NO_ADAPTER, AdapterBank
 from split_llama.errors import ServerFault
 from split_llama.layers import RMSNorm, Segment
+from split_llama.lora import TARGETS, Adapter, LoraConfig, lora_shapes
 from split_llama.wire.codec import Codec, decode_rows, encode_rows
 from split_llama.wire.frame import Frame
 from split_llama.wire.step import build_step
@@ -50,6 +52,15 @@ def make_segment(device: torch.device, dtype: torch.dtype, **fields: Any) -> Seg
     return segment
 
 
+def random_adapter(segment: Segment, lora: LoraConfig) -> Adapter:
+    generator = torch.Generator().manual_seed(lora.r)
+    shapes = lora_shapes(segment.config, lora, segment.blocks)
+    # So that an update is about half as large as what it is added to.
+    scale = {name: shape[1] ** -0.5 for name, shape in shapes.items()}
+    tensors = {name: torch.randn(shape, generator=generator) * scale[name] for name, shape in shapes.items()}
+    return Adapter(lora, tensors)
+
+
 class Rig:
     """Two engines over the same blocks: in plain PyTorch, and through the runner."""
 
@@ -59,15 +70,17 @@ class Rig:
         from serving.device.runner import Runner
 
         engine = {name: fields.pop(name) for name in ("kv_dtype",) if name in fields}
-        graphs = fields.pop("graphs", True)
+        graphs, adapters = fields.pop("graphs", True), fields.pop("adapters", ())
         segment = make_segment(device, dtype, **fields)
-        self.oracle, self.engine = (Engine(segment, num_pages=512, **engine) for _ in range(2))
-        self.runner = Runner(segment, self.engine.cache, Most(rows=2048, sequences=64), graphs=graphs)
+        bank = AdapterBank(segment, [random_adapter(segment, lora) for lora in adapters]) if adapters else None
+        self.oracle, self.engine = (Engine(segment, num_pages=512, adapters=bank, **engine) for _ in range(2))
+        most = Most(rows=2048, sequences=64)
+        self.runner = Runner(segment, self.engine.cache, most, adapters=bank, graphs=graphs)
         self.engine.executor = TritonExecutor(self.runner)
         self.device, self.dtype = device, dtype
 
-    def pair(self, blocks: BlockRange = BLOCKS) -> list[Any]:
-        return [engine.sequence(blocks, 4096) for engine in (self.oracle, self.engine)]
+    def pair(self, blocks: BlockRange = BLOCKS, adapter: int = NO_ADAPTER) -> list[Any]:
+        return [engine.sequence(blocks, 4096, adapter) for engine in (self.oracle, self.engine)]
 
     def compare(self, both: list[list[Any]]) -> None:
         states = torch.randn(sum(run.count for run in both[0]), WIDTH, device=self.device).to(self.dtype)
@@ -114,6 +127,17 @@ def test_a_graph_serves_other_lengths_than_it_was_captured_with(device: torch.de
     for _ in range(3):
         rig.step([*pairs[:4], rig.pair()], [1] * 5)
     assert set(captured) <= set(rig.runner.graphs.captured)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("dtype", list(ERRORS), ids=str)
+def test_rows_of_many_adapters_and_none(device: torch.device, dtype: torch.dtype, graphs: bool) -> None:
+    rig = Rig(device, dtype, graphs=graphs, adapters=[LoraConfig(16, 8), LoraConfig(40, 20, target_modules=TARGETS)])
+    pairs = [rig.pair(adapter=0), rig.pair(), rig.pair(BlockRange(2, 4), 1), rig.pair(adapter=1)]
+    rig.step(pairs, [130, 5, 17, 1])
+    for _ in range(4):
+        rig.step(pairs, [1] * 4)
+    rig.step(pairs[1:2], [1])
 
 
 @pytest.mark.parametrize("graphs", [True, False])

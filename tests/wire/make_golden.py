@@ -15,8 +15,9 @@ import numpy as np
 from split_llama.errors import OutOfPages
 from split_llama.wire.codec import Codec, Floats, decode_rows, encode_rows
 from split_llama.wire.control import Fork, Grant, Hello, HelloReply, Moved, Open, error_frame
-from split_llama.wire.frame import Flag, Frame, Kind
+from split_llama.wire.frame import HEADER_SIZE, MAX_FRAME_BYTES, Flag, Frame, Kind
 from split_llama.wire.step import build_step
+from split_llama.wire.training import Backward, Commit, Forward, Join, Message, cut
 
 FOLDER = Path(__file__).parent / "golden"
 SESSION, SECRET, DIGEST = "5e" * 16, "ab" * 32, "cd" * 32
@@ -74,8 +75,24 @@ def frames() -> dict[str, Frame]:
         "resync": Frame(Kind.RESYNC, handle=1, seq=5, first=0),
         "moved": Frame(Kind.MOVED, handle=1, payload=Moved(address="https://other.example:8700").to_bytes()),
         "close": Frame(Kind.CLOSE, handle=1),
-        "forward": Frame(Kind.FORWARD, Codec.FP16, handle=1, seq=1, count=1, payload=one),
-        "backward": Frame(Kind.BACKWARD, Codec.FP16, handle=1, seq=1, count=1, payload=one),
+        **training_frames(two),
+    }
+
+
+def training_frames(two: bytes) -> dict[str, Frame]:
+    """A micro-batch of two sequences of one row each, there and back; the second FORWARD is cut into two frames."""
+    join = Join(job="5e" * 8, key="flj-key", client="ward-3", secret=SECRET, blocks=(1, 3), samples=100, have=(0,))
+    forward = Forward(generation=1, step=1, micro=0, of=1, targets=2, lengths=(1, 1)).to_bytes()
+    backward = Backward(generation=1, step=1, micro=0).to_bytes()
+    commit = Commit(generation=1, step=1, samples=2, targets=2, loss=1.5).to_bytes()
+    cut_up = list(cut(Message(Kind.FORWARD, 1, forward, Codec.FP16, 2, two), 1, 4, HEADER_SIZE + len(forward) + 8))
+    return {
+        "join": next(cut(Message(Kind.JOIN, 0, join.to_bytes()), 1, 4, MAX_FRAME_BYTES)),
+        "forward": next(cut(Message(Kind.FORWARD, 1, forward, Codec.FP16, 2, two), 1, 4, MAX_FRAME_BYTES)),
+        "forward-cut-1": cut_up[0],
+        "forward-cut-2": cut_up[1],
+        "backward": next(cut(Message(Kind.BACKWARD, 1, backward, Codec.FP16, 2, two), 1, 4, MAX_FRAME_BYTES)),
+        "step-commit": next(cut(Message(Kind.STEP, 2, commit), 1, 4, MAX_FRAME_BYTES)),
     }
 
 

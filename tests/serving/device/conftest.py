@@ -23,11 +23,23 @@ from torch import Tensor
 from split_llama.checkpoint import Checkpoint
 from split_llama.config import BlockRange
 from split_llama.engine.engine import Engine
+from split_llama.engine.low_rank import NO_ADAPTER, AdapterBank
 from split_llama.engine.plan import SequenceRun
+from split_llama.layers import Segment
 from split_llama.load import load_segment
+from split_llama.lora import Adapter, LoraConfig, lora_shapes
 
 HOSTED = BlockRange(1, 3)
 HIDDEN = 32
+
+
+def random_adapters(segment: Segment, configs: Sequence[LoraConfig]) -> list[Adapter]:
+    """An adapter of random weights for each configuration, `lora_B` too, so that they matter."""
+    adapters = []
+    for config in configs:
+        shapes = lora_shapes(segment.config, config, segment.blocks)
+        adapters.append(Adapter(config, {name: torch.randn(shape) * 0.2 for name, shape in shapes.items()}))
+    return adapters
 
 
 class Rig:
@@ -37,7 +49,14 @@ class Rig:
     """
 
     def __init__(
-        self, folder: Path, blocks: BlockRange, dtype: torch.dtype, graphs: bool, num_pages: int, **engine: Any
+        self,
+        folder: Path,
+        blocks: BlockRange,
+        dtype: torch.dtype,
+        graphs: bool,
+        num_pages: int,
+        adapters: Sequence[LoraConfig] = (),
+        **engine: Any,
     ) -> None:
         from serving.device.executor import TritonExecutor
         from serving.device.graphs import Most
@@ -45,19 +64,20 @@ class Rig:
 
         checkpoint = Checkpoint.open(folder)
         segment = load_segment(checkpoint, blocks, dtype=dtype, device=torch.device("cpu"))
-        self.oracle, self.device = (Engine(segment, num_pages=num_pages, **engine) for _ in range(2))
+        bank = AdapterBank(segment, random_adapters(segment, adapters)) if adapters else None
+        self.oracle, self.device = (Engine(segment, num_pages=num_pages, adapters=bank, **engine) for _ in range(2))
         self.cache = self.device.cache
         for engine in (self.oracle, self.device):
             # Unused memory may hold infinities, and numpy warns where rows that pass a block by meet them.
             engine.cache.k.view(torch.uint8).zero_()
             engine.cache.v.view(torch.uint8).zero_()
-        self.runner = Runner(segment, self.cache, Most(rows=256, sequences=8), graphs=graphs)
+        self.runner = Runner(segment, self.cache, Most(rows=256, sequences=8), adapters=bank, graphs=graphs)
         self.device.executor = TritonExecutor(self.runner)
         self.dtype = dtype
 
-    def pair(self, blocks: BlockRange | None = None) -> list[Any]:
+    def pair(self, blocks: BlockRange | None = None, adapter: int = NO_ADAPTER) -> list[Any]:
         """A sequence in each engine."""
-        return [engine.sequence(blocks or engine.blocks, 600) for engine in (self.oracle, self.device)]
+        return [engine.sequence(blocks or engine.blocks, 600, adapter) for engine in (self.oracle, self.device)]
 
     def pretend(self, lengths: Sequence[int]) -> list[list[Any]]:
         """Pairs of sequences whose slots hold random numbers instead of computed ones: long contexts for nothing."""
@@ -119,14 +139,16 @@ def use_references(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     def use() -> None:
         from kernels.frame_codec import reference as codec
+        from kernels.grouped_lora import reference as lora
         from kernels.rms_norm import reference as norm
         from kernels.rotary_write import reference as rotary
         from kernels.silu_mul import reference as silu
-        from serving.device import blocks, graphs, passes, runner
+        from serving.device import adapters, blocks, graphs, passes, runner
 
         monkeypatch.setattr(blocks, "add_rms_norm", norm.add_rms_norm)
         monkeypatch.setattr(blocks, "rotary_write", rotary.rotary_write)
         monkeypatch.setattr(blocks, "silu_mul", silu.silu_mul)
+        monkeypatch.setattr(adapters, "grouped_lora", lora.grouped_lora)
         # The references need no promise of alignment.
         for module in (graphs, runner):
             monkeypatch.setattr(module, "decode_rows", lambda *parts, aligned: codec.decode_rows(*parts))
@@ -145,11 +167,12 @@ def make_rig(models: Callable[..., Path], use_references: Callable[[], None]) ->
         blocks: BlockRange = HOSTED,
         num_pages: int = 64,
         engine: dict[str, Any] | None = None,
+        adapters: Sequence[LoraConfig] = (),
         **geometry: Any,
     ) -> Rig:
         torch.manual_seed(1)
         if not kernels:
             use_references()
-        return Rig(models(**geometry), blocks, dtype, graphs, num_pages, **(engine or {}))
+        return Rig(models(**geometry), blocks, dtype, graphs, num_pages, adapters, **(engine or {}))
 
     return make
