@@ -347,14 +347,14 @@ SECTIONS = {"speculation": speculation, "step": step, "prefill": prefill, "paral
 def main() -> None:
     """Run the sections asked for; each is recorded by itself."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", default=list(SECTIONS), choices=[*SECTIONS, []])
+    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], help="default: all")
     parser.add_argument("--models", nargs="+", default=["demo"])
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--states", type=Path, help="the edge's state folder, with draft heads")
     options = parser.parse_args()
-    for name in options.sections:
+    for name in options.sections or SECTIONS:
         begin = time.perf_counter()
         figures = asyncio.run(SECTIONS[name](options))
         record(f"links-{name}", {"options": {key: str(value) for key, value in vars(options).items()}, name: figures})

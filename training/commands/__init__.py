@@ -1,0 +1,1 @@
+"""The commands of `split-train`, a module each; nothing heavy is imported before a command runs."""

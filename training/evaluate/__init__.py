@@ -1,0 +1,1 @@
+"""Scores of a model on a task: whole and split, with and without noise, as one table."""
