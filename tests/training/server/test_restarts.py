@@ -1,0 +1,206 @@
+"""Whoever is killed or lost, whenever: the same final weights; and who does not come back does not stop the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from split_llama.errors import CacheError
+from tests.training.server.world import (
+    Client,
+    World,
+    adapters,
+    begin,
+    close_to,
+    config_of,
+    same,
+    train,
+    until,
+)
+from training.checkpoints import Checkpoints
+from training.job_config import JobConfig
+from training.server.job import Job
+
+STRATEGIES = ["sequential", "client-batch", "server-hierarchical"]
+
+
+def config(strategy: str, **fields: Any) -> JobConfig:
+    own = strategy == "server-hierarchical"
+    return config_of(
+        **{
+            "strategy": strategy,
+            "clients": 2,
+            "steps": 12,
+            "checkpoint_every": 3,
+            "average_every": 3,
+            "shared": "A,B,C" if own else "B",
+            "rejoin_seconds": 30.0,
+        }
+        | fields
+    )
+
+
+async def outcome_of(job: Job, clients: list[Client]) -> list[dict[str, Tensor]]:
+    return [await adapters(job), *(client.weights for client in clients)]
+
+
+def compare(strategy: str, one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> None:
+    for left, right in zip(one, other, strict=True):
+        if strategy == "server-hierarchical":
+            close_to(left, right, 1e-6)
+        else:
+            same(left, right)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("clients_too", [False, True])
+async def test_a_server_that_is_killed_goes_on_from_its_checkpoints(
+    world: World, strategy: str, clients_too: bool
+) -> None:
+    job, clients = await train(world, config(strategy))
+    expected = await outcome_of(job, clients)
+    job, clients = await begin(world, config(strategy))
+    await until(lambda: job.record.step >= 7)
+    for client in clients:
+        await client.kill() if clients_too else client.drop()
+    await world.restart()
+    job = world.extension.find(job.record.id)
+    assert job.state == "waiting"
+    for client in clients:
+        client.job = job
+        client.again()
+        assert await client.ended() == "done" if client is clients[-1] else True
+    await clients[0].ended()
+    compare(strategy, expected, await outcome_of(job, clients))
+    assert job.record.generation == 2
+    assert clients[0].starts[-1].step in (3, 6, 9)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("shared", ["B", "A,B,C"])
+async def test_a_client_that_is_killed_takes_all_back_to_its_checkpoint(
+    world: World, strategy: str, shared: str
+) -> None:
+    job, clients = await train(world, config(strategy, shared=shared))
+    expected = await outcome_of(job, clients)
+    job, clients = await begin(world, config(strategy, shared=shared))
+    await until(lambda: job.record.step >= 7)
+    await clients[1].kill()
+    clients[1].again()
+    for client in clients:
+        assert await client.ended() == "done"
+    compare(strategy, expected, await outcome_of(job, clients))
+    assert [start.step for start in clients[0].starts] == [0, clients[1].starts[-1].step]
+    # Who had no share in the steps since its checkpoint goes on with it, and nobody has to go back.
+    assert clients[1].starts[-1].step in (3, 6, 9) or not clients[1].starts[-1].restore
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+async def test_killed_before_any_checkpoint_all_begin_again(world: World, strategy: str) -> None:
+    fields = {"checkpoint_every": 100, "average_every": 100, "steps": 6}
+    job, clients = await train(world, config(strategy, **fields))
+    expected = await outcome_of(job, clients)
+    job, clients = await begin(world, config(strategy, **fields))
+    await until(lambda: job.record.step >= 2)
+    await clients[0].kill()
+    clients[0].again()
+    for client in clients:
+        assert await client.ended() == "done"
+    compare(strategy, expected, await outcome_of(job, clients))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+async def test_a_lost_connection_costs_the_step_under_way_alone(world: World, strategy: str) -> None:
+    fields = {"checkpoint_every": 100, "shared": "B"}
+    job, clients = await train(world, config(strategy, **fields))
+    expected = await outcome_of(job, clients)
+    job, clients = await begin(world, config(strategy, **fields))
+    for at in (3, 7):
+        await until(lambda at=at: job.record.step >= at)
+        clients[1].drop()
+        await until(lambda: job.state == "waiting")
+        clients[1].again()
+    for client in clients:
+        assert await client.ended() == "done"
+    compare(strategy, expected, await outcome_of(job, clients))
+    # Without a checkpoint they went on from where they were.
+    assert all(start.step > 0 and start.restore for start in clients[0].starts[1:])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+async def test_who_does_not_come_back_does_not_stop_the_others(world: World, strategy: str) -> None:
+    job, clients = await begin(world, config(strategy, rejoin_seconds=0.05, clients=3, steps=20))
+    await until(lambda: job.record.step >= 4)
+    clients[1].drop()
+    await until(lambda: job.record.generation == 2)
+    assert clients[0].starts[-1].present == (0, 2) if clients[0].starts[-1].generation == 2 else True
+    await until(lambda: job.record.step >= 8)
+    generation = job.record.generation
+    clients[1].again()
+    await until(lambda: job.record.generation == generation + 1)
+    for client in clients:
+        assert await client.ended() == "done"
+    assert not clients[1].starts[-1].restore
+    assert clients[0].starts[-1].restore
+    assert clients[0].starts[-1].present == (0, 1, 2)
+    assert clients[0].starts[-1].step >= 7, "nobody went back for it"
+
+
+async def test_who_leaves_is_not_waited_for(world: World) -> None:
+    job, clients = await begin(world, config("client-batch"))
+    await until(lambda: job.record.step >= 4)
+    clients[1].work.cancel()
+    clients[1].guest.leave()
+    assert await clients[0].ended() == "done"
+    assert clients[0].starts[-1].present == (0,)
+
+
+async def test_a_full_disk_is_counted_and_shown_and_the_job_goes_on(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Checkpoints, *args: Any) -> None:
+        raise CacheError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", full)
+        job, clients = await begin(world, config("client-batch", steps=40))
+        await until(lambda: job.record.step >= 8)
+        assert job.keeper.error == "no space left on device"
+    await until(lambda: job.keeper.error is None)
+    assert await clients[0].ended() == "done"
+    assert world.host.counts["training_checkpoint_errors"] >= 2
+
+
+async def test_a_job_that_ended_is_still_known_after_a_restart(world: World) -> None:
+    job, _ = await train(world, config("client-batch", steps=3))
+    weights = await adapters(job)
+    await world.restart()
+    job = world.extension.find(job.record.id)
+    assert (job.state, job.record.step) == ("done", 3)
+    same(weights, await adapters(job))
+
+
+async def test_adapters_can_be_fetched_before_anybody_is_back(world: World) -> None:
+    job, clients = await begin(world, config("client-batch", steps=200))
+    await until(lambda: len(job.keeper.kept) > 0)
+    for client in clients:
+        client.drop()
+    await world.restart()
+    job = world.extension.find(job.record.id)
+    weights = await adapters(job)
+    assert any(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
+
+
+async def test_jobs_of_another_model_and_damaged_ones_are_left_where_they_are(world: World) -> None:
+    job, _ = await world.create(config("client-batch"))
+    other, _ = await world.create(config("client-batch"))
+    await world.extension.close()
+    mine, broken = (world.files / each.record.id / "job.json" for each in (job, other))
+    mine.write_text(mine.read_text().replace(job.record.geometry, "0" * 64))
+    broken.write_text("{")
+    await world.restart()
+    assert world.extension.jobs == []
+    assert mine.exists()
+    assert broken.exists()

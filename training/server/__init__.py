@@ -1,0 +1,1 @@
+"""The server's side of split fine-tuning: an extension of `split-server`."""

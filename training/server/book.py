@@ -1,0 +1,242 @@
+"""What is to be done next in one generation of a job: passes, steps, averages, and who is too late for them. Pure.
+
+A *cohort* is what goes through one pass together: the micro-batches of one number of all contributors where they share
+a weight set, else whatever is ready, one of each client. It goes back together too. A *share* is all of one client in
+one step; with its commit it is complete. Whoever is late costs the others a deadline at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from training.job_config import JobConfig
+from training.server.ledger import Ledger, Track
+from training.server.records import SETTLED, Cohort, Micro, Phase, Share
+from training.strategy import Strategy, averages
+
+# With own sets nobody has to wait for others: a cohort's slower half goes back by itself after so many times what the
+# fastest took to answer, or so many seconds.
+PATIENCE = 4.0
+LEAST_PATIENCE = 0.5
+
+Room = Callable[[Sequence[Micro]], int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RunForward:
+    """Take a cohort through the blocks."""
+
+    cohort: Cohort
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GoBack:
+    """Take a cohort's gradients back; members that did not return theirs go back with zeros."""
+
+    cohort: Cohort
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CloseStep:
+    """Step a weight set: `shares` are complete, in the order of the clients' numbers, `left` came too late."""
+
+    track: Track
+    step: int
+    shares: tuple[Share, ...]
+    left: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Meet:
+    """Make `step` in the set of each of `shares`, then average them; `left` gives the steps that others missed.
+
+    Only when all are there, or too late, is the step made: until then everybody could go on without who is missing.
+    """
+
+    step: int
+    shares: tuple[Share, ...]
+    left: Mapping[int, tuple[int, ...]]
+
+
+Work = RunForward | GoBack | CloseStep | Meet
+
+
+class Book:
+    """Ask it for what is `next`, and say when that is done.
+
+    `wakes_at` is when the answer may change by itself.
+    """
+
+    def __init__(self, config: JobConfig, strategy: Strategy, ledger: Ledger) -> None:
+        self._config = config
+        self._strategy = strategy
+        self._ledger = ledger
+        self._cohorts: list[Cohort] = []
+        self.wakes_at: float | None = None
+
+    @property
+    def cohorts(self) -> Sequence[Cohort]:
+        """Those that went forward and not back yet."""
+        return self._cohorts
+
+    def next(self, now: float, room: Room) -> Work | None:
+        """Say what is to be done now. `room` says how many of some micro-batches may go forward together."""
+        self.wakes_at = None
+        for track in self._ledger.tracks:
+            self._open(track, now)
+        return self._next_back(now) or self._next_close(now) or self._next_meeting(now) or self._next_forward(room)
+
+    def _expired(self, since: float, now: float, seconds: float | None) -> bool:
+        """Say whether so many seconds have passed; otherwise note when they will have."""
+        if seconds is None:
+            return False
+        if now >= since + seconds:
+            return True
+        self.wakes_at = min(since + seconds, self.wakes_at if self.wakes_at is not None else since + seconds)
+        return False
+
+    def _open(self, track: Track, now: float) -> None:
+        """Say of which numbers the micro-batches of the step under way may go forward: nobody is missed any more."""
+        active = [share for share in self._ledger.contributors_of(track) if share.is_open]
+        for number in range(self._config.accumulate):
+            arrived = [share.micros[number].arrived_at for share in active if number in share.micros]
+            if number in track.opened or not arrived:
+                continue
+            # Clients send in order: who has sent a later one has none of this number.
+            missing = [share for share in active if not any(sent >= number for sent in share.micros)]
+            if missing:
+                if not self._expired(max(min(arrived), track.since), now, self._config.deadline_seconds):
+                    return
+                self._ledger.leave_out(missing)
+                active = [share for share in active if share.is_open]
+            track.opened.add(number)
+
+    def _next_forward(self, room: Room) -> RunForward | None:
+        for track in self._ledger.tracks if not self._strategy.own_sets else [None]:
+            ready = self._ready_together(track) if track is not None else self._ready_alone()
+            taken = ready[: room(ready)] if ready else []
+            if taken:
+                cohort = Cohort(tuple(taken))
+                for micro in taken:
+                    micro.phase = Phase.RUNNING
+                return RunForward(cohort)
+        return None
+
+    def _ready_together(self, track: Track) -> list[Micro]:
+        shares = [share for share in self._ledger.contributors_of(track) if share.is_open]
+        for number in sorted(track.opened):
+            micros = [share.micros[number] for share in shares if number in share.micros]
+            ready = [micro for micro in micros if micro.phase is Phase.WAITING]
+            if ready:
+                return ready
+        return []
+
+    def _ready_alone(self) -> list[Micro]:
+        ready = []
+        for track in self._ledger.tracks:
+            for share in self._ledger.contributors_of(track) if track.met_at is None else []:
+                waiting = [micro for micro in share.micros.values() if micro.phase is Phase.WAITING]
+                ready += sorted(waiting, key=lambda micro: micro.number)[:1]
+        return ready
+
+    def ran(self, cohort: Cohort, now: float) -> None:
+        """Note that a cohort went forward. Members that failed were settled by the caller."""
+        cohort.answered_at = now
+        for micro in cohort.members:
+            if micro.phase is Phase.RUNNING:
+                micro.phase = Phase.ANSWERED
+        self._cohorts.append(cohort)
+
+    def _next_back(self, now: float) -> GoBack | None:
+        for cohort in list(self._cohorts):
+            late = [micro for micro in cohort.members if self._holds_up(micro)]
+            returned = [micro for micro in cohort.members if micro.phase is Phase.RETURNED and micro not in late]
+            if late and (not returned or not self._is_late(cohort, late, returned, now)):
+                continue
+            self._cohorts.remove(cohort)
+            return GoBack(cohort)
+        return None
+
+    def _holds_up(self, micro: Micro) -> bool:
+        """Say whether a cohort waits for this member: its gradient, or that earlier ones of its step go first."""
+        if micro.phase is not Phase.RETURNED:
+            return micro.phase is Phase.ANSWERED
+        earlier = self._ledger.share(micro.client, micro.step).micros
+        return any(number < micro.number and other.phase not in SETTLED for number, other in earlier.items())
+
+    def _is_late(self, cohort: Cohort, late: list[Micro], returned: list[Micro], now: float) -> bool:
+        """Say whether a cohort goes back without some: left out of a joint step, or to go back by themselves."""
+        first = min(micro.returned_at for micro in returned)
+        if not self._strategy.own_sets:
+            slow = [micro for micro in late if micro.phase is Phase.ANSWERED]
+            if not slow or not self._expired(first, now, self._config.deadline_seconds):
+                return False
+            self._ledger.leave_out(self._ledger.share(micro.client, micro.step) for micro in slow)
+            return len(slow) == len(late)
+        patience = max(LEAST_PATIENCE, PATIENCE * (first - cohort.answered_at))
+        if self._config.deadline_seconds is not None:
+            # Who waits for a slow one must not be late itself.
+            patience = min(patience, self._config.deadline_seconds / 4)
+        if not self._expired(first, now, patience):
+            return False
+        for micro in late:
+            self._cohorts.append(Cohort((micro,), answered_at=cohort.answered_at))
+        cohort.members = tuple(micro for micro in cohort.members if micro not in late)
+        return True
+
+    def _next_close(self, now: float) -> CloseStep | None:
+        for track in self._ledger.tracks:
+            if track.met_at is not None:
+                continue
+            shares = self._ledger.contributors_of(track)
+            complete = [share for share in shares if share.commit is not None and not share.out]
+            missing = [share for share in shares if share.is_open]
+            if not shares or (not complete and missing):
+                continue
+            if averages(self._config, self._strategy, track.step):
+                track.met_at = complete[0].committed_at if complete else now
+                continue
+            if missing:
+                first = min(share.committed_at for share in complete)
+                if not self._expired(first, now, self._config.deadline_seconds):
+                    continue
+                self._ledger.leave_out(missing)
+            left = tuple(share.client for share in shares if share.out)
+            return CloseStep(track, track.step, tuple(complete), left)
+        return None
+
+    def close(self, work: CloseStep, now: float) -> None:
+        """Note that a set made its step."""
+        self._ledger.go_on(work.track, work.step, now)
+
+    def _next_meeting(self, now: float) -> Meet | None:
+        met = [track for track in self._ledger.tracks if track.met_at is not None]
+        missing = [track for track in self._ledger.tracks if track.met_at is None]
+        if not met:
+            return None
+        first = min(track.met_at for track in met if track.met_at is not None)
+        if missing and not self._expired(first, now, self._config.deadline_seconds):
+            return None
+        step = met[0].step
+        left = {track.clients[0]: tuple(range(track.step, step + 1)) for track in missing}
+        for track in missing:
+            self._ledger.leave_out_until(track, step)
+        shares = [self._ledger.share(track.clients[0], step) for track in met]
+        left |= {share.client: (step,) for share in shares if share.out}
+        return Meet(step, tuple(share for share in shares if not share.out), left)
+
+    def forget(self, client: int) -> None:
+        """Take a client, all of whose micro-batches are settled, out of the cohorts that wait for others.
+
+        Its weights are about to change, and so the tapes that read them can go back no more.
+        """
+        for cohort in self._cohorts:
+            if any(micro.client == client for micro in cohort.members):
+                cohort.members = tuple(micro for micro in cohort.members if micro.client != client)
+                cohort.drop_tape()
+
+    def met(self, work: Meet, now: float) -> None:
+        """Note that all sets go on from their average."""
+        for track in self._ledger.tracks:
+            self._ledger.go_on(track, work.step, now)

@@ -1,0 +1,162 @@
+"""Split fine-tuning as an extension of `split-server`: its jobs, found again after a restart, and who joins them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from split_llama.errors import LimitExceeded, PartitionNotAllowed, UnknownJob, UsageError
+from split_llama.extension import Guest, Host, Send
+from split_llama.layers import Segment
+from split_llama.lora import LoraConfig
+from split_llama.wire.frame import Frame
+from split_llama.wire.training import Join
+from training.compute.tape import Trunk
+from training.job_config import JobConfig
+from training.server.adapters import AdapterPlan
+from training.server.budget import Budget
+from training.server.engine import MakeTrunk
+from training.server.job import Job, Surroundings
+from training.server.keys import hash_secret, new_id, new_key
+from training.server.passes import Blocks
+from training.server.store import JobRecord, Store
+from training.server.tally import Meters
+from training.strategy import make_strategy
+
+MAX_LIVE_JOBS = 64
+# Strategies of one's own that clients may ask for: MODULE:CLASS, comma-separated. A name is code that runs here.
+PLUGINS_VARIABLE = "FL_LLAMA_TRAIN_STRATEGIES"
+
+log = logging.getLogger("fl_llama.training")
+
+
+def make_trunk(segment: Segment, lora: LoraConfig | None) -> Blocks:
+    """Make what computes a job's blocks."""
+    return Trunk(segment, lora)
+
+
+class TrainingExtension:
+    """The extension. `plugins` are the strategies that may be asked for beside our own."""
+
+    name = "training"
+
+    def __init__(
+        self,
+        host: Host,
+        *,
+        make_trunk: MakeTrunk = make_trunk,
+        clock: Callable[[], float] = time.monotonic,
+        plugins: Collection[str] | None = None,
+    ) -> None:
+        self.host = host
+        self.budget = Budget(lambda: host.memory_bytes)
+        self._plugins = frozenset(_plugins_of_environment() if plugins is None else plugins)
+        self._around = Surroundings(host, self.budget, Meters(host), make_trunk, clock)
+        self._jobs: dict[str, Job] = {}
+        self._started = False
+        self._add_gauges()
+
+    def _add_gauges(self) -> None:
+        host = self.host
+        host.gauge("training_held_bytes", "Bytes held for backward passes to come", lambda: self.budget.held)
+        host.gauge(
+            "training_activation_bytes",
+            "These, and states and gradients of clients that wait",
+            lambda: sum(job.activation_bytes for job in self.jobs),
+        )
+        for state in ("waiting", "running", "paused", "done", "failed", "cancelled"):
+            host.gauge(f"training_jobs_{state}", f"Fine-tuning jobs that are {state}", self._counting(state))
+
+    def _counting(self, state: str) -> Callable[[], float]:
+        return lambda: sum(job.state == state for job in self.jobs)
+
+    @property
+    def jobs(self) -> list[Job]:
+        """All jobs, the oldest first."""
+        return list(self._jobs.values())
+
+    def router(self) -> Any:
+        """Give the REST routes."""
+        from training.server.routes import make_router
+
+        return make_router(self)
+
+    def find(self, ident: str) -> Job:
+        """Look a job up. Raises `UnknownJob`, and `ServerUnreachable` while the model is being loaded."""
+        job = self._jobs.get(ident)
+        if job is None:
+            _ = self.host.checkpoint  # Until the model is there, neither are the jobs.
+            raise UnknownJob(f"there is no fine-tuning job {ident[:64]!r} on this server; GET /v1/jobs lists your own")
+        return job
+
+    async def create(self, raw: Mapping[str, Any], owner: str) -> tuple[Job, str]:
+        """Make a job of a configuration; give it and its key. Raises `FlLlamaError`."""
+        host, config = self.host, JobConfig.parse(raw)
+        self._check(config)
+        key, ident = new_key(), new_id()
+        geometry = host.checkpoint.config.geometry_digest()
+        record = JobRecord(ident, owner, hash_secret(key), config, geometry, time.time())
+        store = Store(host.folder)
+        folder = await host.in_background(lambda: store.open(ident))
+        job = Job(record, folder, self._around)
+        content = record.to_json()
+        await host.in_background(lambda: folder.write(content))
+        self._jobs[ident] = job
+        job.start()
+        log.info("job created id=%s strategy=%s clients=%d", ident, config.strategy, config.clients)
+        return job, key
+
+    def _check(self, config: JobConfig) -> None:
+        plan = AdapterPlan.of(self.host.checkpoint.config, config)
+        if not self.host.blocks.contains(plan.blocks):
+            raise PartitionNotAllowed(
+                f"partition {config.partition} leaves blocks {plan.blocks} to the server; it hosts {self.host.blocks}"
+            )
+        if ":" in config.strategy and config.strategy not in self._plugins:
+            raise UsageError(
+                f"the strategy {config.strategy!r} would run code on the server: its operator can allow it by "
+                f"{PLUGINS_VARIABLE}={config.strategy}"
+            )
+        make_strategy(config)
+        if sum(job.record.ended is None for job in self.jobs) >= MAX_LIVE_JOBS:
+            raise LimitExceeded(f"{MAX_LIVE_JOBS} fine-tuning jobs are under way; wait for one, or cancel one")
+
+    def join(self, frame: Frame, owner: str, send: Send) -> Guest:
+        """Take a JOIN in: whoever has a job's key. Raises `UnknownJob`, `NotOwner`, `JobEnded` and more."""
+        request = Join.from_bytes(frame.payload)
+        return self.find(request.job).join(frame.seq, request, send)
+
+    async def start(self) -> None:
+        """The model is there: take up the jobs that were under way."""
+        if self._started:
+            return
+        self._started = True
+        store = Store(self.host.folder)
+        geometry = self.host.checkpoint.config.geometry_digest()
+        for record in await self.host.in_background(store.load):
+            if record.geometry != geometry:
+                log.error("job left out: it is of another model id=%s", record.id)
+            else:
+                await self._take_up(store, record)
+
+    async def _take_up(self, store: Store, record: JobRecord) -> None:
+        try:
+            folder = await self.host.in_background(lambda: store.open(record.id))
+            job = Job(record, folder, self._around)
+        except (UsageError, PartitionNotAllowed) as error:
+            log.error("job left out id=%s: %s", record.id, error.message)
+            return
+        self._jobs[record.id] = job
+        job.start()
+
+    async def close(self) -> None:
+        """The server ends: every job stops in order and goes on when the server is back."""
+        await asyncio.gather(*(job.close() for job in self.jobs))
+
+
+def _plugins_of_environment() -> list[str]:
+    return [name.strip() for name in os.environ.get(PLUGINS_VARIABLE, "").split(",") if name.strip()]

@@ -1,0 +1,74 @@
+"""Jobs over REST: created, listed, shown, paused, resumed, cancelled; their shared adapters fetched."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import APIRouter, Body, Depends, Header, Response
+
+from split_llama.errors import NotOwner
+from training.server.job import Job
+from training.server.status import brief, describe
+
+if TYPE_CHECKING:
+    from training.server.extension import TrainingExtension
+
+KEY_HEADER = "X-FL-Job-Key"
+# The owner of everything on a server without API keys: nobody in particular, so it opens no job.
+ANONYMOUS = "anonymous"
+
+
+def make_router(extension: TrainingExtension) -> APIRouter:
+    """All routes below /v1/jobs. A job is opened by its creator's API key, or by its own key."""
+    router = APIRouter(prefix="/v1/jobs", tags=["fine-tuning"])
+
+    async def authenticate(authorization: Annotated[str | None, Header()] = None) -> str:
+        return extension.host.authenticate(authorization)
+
+    owner = Depends(authenticate)
+
+    async def open_job(
+        ident: str, who: str = owner, key: Annotated[str | None, Header(alias=KEY_HEADER)] = None
+    ) -> Job:
+        job = extension.find(ident)
+        is_creator = who == job.record.owner and who != ANONYMOUS
+        if not job.has_key(key) and (key is not None or not is_creator):
+            raise NotOwner(f"the job {ident} is another's: send its key in the header {KEY_HEADER}")
+        return job
+
+    own_job = Depends(open_job)
+
+    @router.post("", summary="Create a job; the answer shows its key, this once")
+    async def create(raw: Annotated[dict[str, Any], Body()], who: str = owner) -> dict[str, Any]:
+        job, key = await extension.create(raw, who)
+        return {**describe(job), "key": key}
+
+    @router.get("", summary="Your own jobs")
+    async def jobs(who: str = owner) -> dict[str, Any]:
+        return {"object": "list", "data": [brief(job) for job in extension.jobs if job.record.owner == who]}
+
+    @router.get("/{ident}", summary="How a job stands")
+    async def show(job: Job = own_job) -> dict[str, Any]:
+        return describe(job)
+
+    @router.post("/{ident}/pause", summary="Stand still until it is resumed")
+    async def pause(job: Job = own_job) -> dict[str, Any]:
+        await job.pause()
+        return describe(job)
+
+    @router.post("/{ident}/resume", summary="Go on")
+    async def resume(job: Job = own_job) -> dict[str, Any]:
+        await job.resume()
+        return describe(job)
+
+    @router.delete("/{ident}", summary="Cancel it; the adapters stay as they are")
+    async def cancel(job: Job = own_job) -> dict[str, Any]:
+        await job.cancel()
+        return describe(job)
+
+    @router.get("/{ident}/adapter", response_class=Response, summary="The shared adapters, as safetensors")
+    async def adapter(job: Job = own_job) -> Response:
+        headers = {"Content-Disposition": f'attachment; filename="{job.record.id}.safetensors"'}
+        return Response(await job.keeper.adapter(), media_type="application/octet-stream", headers=headers)
+
+    return router

@@ -1,0 +1,227 @@
+"""A job's weight sets: LoRA weights with their optimizer, and the gradients that clients add to a step.
+
+One set is shared by all clients, or each has its own and they are averaged now and then. All of it belongs to the
+thread that computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from split_llama.errors import CheckpointError
+from training.compute.aggregate import Combined, Contribution, Rule, combine
+from training.compute.averaging import average
+from training.compute.lora import leaves_of, recording
+from training.compute.optimizer import AdapterOptimizer
+from training.compute.schedule import learning_rate
+from training.job_config import JobConfig
+from training.server.adapters import AdapterPlan
+
+Tensors = Mapping[str, Tensor]
+
+# The name of the one set that all share.
+SHARED = "shared"
+AVERAGE = "average/"
+
+NOTHING_LEARNED = "no micro-batch of it gave a finite loss and gradient"
+NOT_FINITE = "its gradient is not finite"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Offer:
+    """What a client's commit brings: tokens and samples of its share, and A's and C's tensors where they are shared.
+
+    `ends` are gradients, or weights where own sets are averaged; null where they are not finite.
+    """
+
+    client: int
+    targets: int
+    samples: int
+    ends: Tensors | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """What a step did. `skipped` and `clipped` are by client; `stayed` says why the weights are as they were."""
+
+    learning_rate: float
+    norm: float | None
+    skipped: Mapping[int, str]
+    clipped: Mapping[int, float]
+    stayed: str | None
+
+
+class WeightSets:
+    """The sets of one job: one that all share, or `own` ones, and then the newest average of all.
+
+    There is nothing in them before `reset` or `load`.
+    """
+
+    def __init__(self, plan: AdapterPlan, config: JobConfig, device: torch.device, *, own: bool) -> None:
+        self._plan = plan
+        self._config = config
+        self._device = device
+        self._own = own
+        self._average: dict[str, Tensor] = {}
+        self._sets: dict[str, AdapterOptimizer] = {}
+        self._gradients: dict[int, dict[str, Tensor]] = {}
+        self._samples: dict[int, int] = {}
+
+    def _make(self, key: str, first: Tensors) -> None:
+        """Make a set. One without weights (no segment of it has adapters) has nothing to keep."""
+        params = {name: first[name] for name in self._names()}
+        if params:
+            self._sets[key] = AdapterOptimizer(params, self._config.optimizer)
+
+    def _names(self) -> list[str]:
+        return [*self._plan.trunk, *(() if self._own else self._plan.ends)]
+
+    def _key(self, client: int) -> str:
+        return str(client) if self._own else SHARED
+
+    # Passes
+
+    def leaves(self, client: int) -> dict[str, Tensor]:
+        """Give leaves of B's weights for one pass of a client's rows; they share the storage of its set."""
+        optimizer = self._sets.get(self._key(client))
+        weights = optimizer.weights if optimizer is not None else {}
+        return leaves_of({name: weights[name] for name in self._plan.trunk})
+
+    def add(self, client: int, gradients: Tensors) -> None:
+        """Add a micro-batch's gradients to a client's share of the step under way."""
+        with recording(graph=False):
+            known = self._gradients.setdefault(client, {})
+            for name, gradient in gradients.items():
+                if name in known:
+                    known[name] += gradient
+                else:
+                    known[name] = gradient.clone()
+
+    def drop_gradients(self, clients: Iterable[int] | None = None) -> None:
+        """Forget the shares of clients in the step under way; of all unless some are named."""
+        for client in list(self._gradients) if clients is None else clients:
+            self._gradients.pop(client, None)
+
+    # Steps
+
+    def step(self, step: int, offers: Sequence[Offer]) -> Stepped:
+        """Make optimizer step `step` of the set that the clients share, from what they added to it."""
+        rate = learning_rate(self._config.optimizer, step, self._config.steps)
+        skipped = {offer.client: NOTHING_LEARNED for offer in offers if not offer.targets}
+        skipped |= {offer.client: NOT_FINITE for offer in offers if offer.ends is None and not self._own}
+        used = [self._contribution(offer) for offer in offers if offer.client not in skipped]
+        combined = combine(used, Rule.of(self._config))
+        self.drop_gradients(offer.client for offer in offers)
+        skipped |= {int(client): NOT_FINITE for client in combined.dropped}
+        for offer in offers:
+            if offer.client not in skipped:
+                self._samples[offer.client] = self._samples.get(offer.client, 0) + offer.samples
+        norm, stayed = self._apply(offers, combined, rate)
+        clipped = {int(entry.client): entry.norm for entry in combined.clipped}
+        return Stepped(rate, norm, skipped, clipped, stayed)
+
+    def _contribution(self, offer: Offer) -> Contribution:
+        added = self._gradients.get(offer.client, {})
+        with recording(graph=False):
+            zeros = {name: torch.zeros(shape, device=self._device) for name, shape in self._plan.trunk.items()}
+            ends = {} if self._own else _to(offer.ends or {}, self._device)
+        return Contribution(str(offer.client), offer.targets, offer.samples, {**zeros, **added, **ends})
+
+    def _apply(self, offers: Sequence[Offer], combined: Combined, rate: float) -> tuple[float | None, str | None]:
+        if not combined.targets:
+            return None, "nobody's share of the step could be used"
+        optimizer = self._sets.get(self._key(offers[0].client))
+        if optimizer is None:
+            return None, None
+        report = optimizer.step(combined.grads, rate)
+        return (report.norm, None) if report.applied else (None, "the gradient of the step is not finite")
+
+    # Averaging
+
+    def meet(self, offers: Sequence[Offer]) -> dict[int, str]:
+        """Average the sets of those who offer, by their samples since the last time; all sets go on from it.
+
+        Gives who was left out, and why.
+        """
+        joined = {offer.client: offer.ends for offer in offers if offer.ends is not None}
+        shares = [float(self._samples.get(client, 0)) for client in joined]
+        if joined:
+            weights = [{**self._weights(client), **_to(ends, self._device)} for client, ends in joined.items()]
+            self._average = average(weights, shares if any(shares) else [1.0] * len(shares))
+            for optimizer in self._sets.values():
+                optimizer.replace({name: self._average[name] for name in self._plan.trunk})
+            self._samples.clear()
+        return {offer.client: NOT_FINITE for offer in offers if offer.ends is None}
+
+    def _weights(self, client: int) -> Tensors:
+        optimizer = self._sets.get(self._key(client))
+        return optimizer.weights if optimizer is not None else {}
+
+    def seat(self, clients: Iterable[int]) -> None:
+        """With own sets: keep those of `clients` only; who has none begins with the newest average."""
+        if not self._own:
+            return
+        keys = {str(client) for client in clients}
+        for key in set(self._sets) - keys:
+            del self._sets[key]
+        for key in sorted(keys - set(self._sets)):
+            self._make(key, self._average)
+            self._samples.pop(int(key), None)
+
+    # What others get and what is kept
+
+    def adapters(self) -> dict[str, Tensor]:
+        """Give copies, on the CPU, of what all share: the weights of the shared set, or the newest average."""
+        with recording(graph=False):
+            source = self._average if self._own else self._weights(0)
+            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in source.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give copies of everything: all that `load` needs."""
+        with recording(graph=False):
+            stored = {AVERAGE + name: tensor.detach().clone() for name, tensor in self._average.items()}
+        for key, optimizer in self._sets.items():
+            stored |= {f"set.{key}/{name}": tensor for name, tensor in optimizer.tensors().items()}
+        return stored
+
+    def load(self, tensors: Tensors, clients: Iterable[int]) -> None:
+        """Restore what `tensors` gave, for `clients`; with own sets a client without one gets the average.
+
+        Raises `CheckpointError` where it does not fit.
+        """
+        seats = list(clients)
+        self.reset(seats)
+        with recording(graph=False):
+            kept = {name: tensor.to(self._device) for name, tensor in _part(tensors, AVERAGE).items()}
+        if set(kept) != set(self._average):
+            raise CheckpointError("the checkpoint's average is of other adapters than this job's")
+        self._average = kept
+        for key, optimizer in self._sets.items():
+            stored = _part(tensors, f"set.{key}/")
+            if stored or not self._own:
+                optimizer.load(stored)
+            else:
+                optimizer.replace({name: kept[name] for name in self._plan.trunk})
+
+    def reset(self, clients: Iterable[int]) -> None:
+        """Go to where everything begins."""
+        with recording(graph=False):
+            first = {name: tensor.to(self._device) for name, tensor in self._plan.first(self._config.seed).items()}
+        self._average = first if self._own else {}
+        self._sets.clear()
+        self._gradients.clear()
+        self._samples.clear()
+        for key in map(str, clients) if self._own else (SHARED,):
+            self._make(key, first)
+
+
+def _to(tensors: Tensors, device: torch.device) -> Tensors:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def _part(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
