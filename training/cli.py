@@ -1,4 +1,8 @@
-"""`split-train`: for now the bundled demo model, trained and scored. Split fine-tuning adds its commands here."""
+"""The command `split-train`. Everything but results goes to stderr.
+
+Exit codes: 0 done, 2 wrong usage, 3 the server refused or cannot be reached, 4 the model is unusable, 130 interrupted.
+Only the module of the command that runs is imported, so that `--help` is quick.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,17 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from split_llama.errors import UsageError
+from edge_client.printable import printable
+from split_llama.errors import FlLlamaError, Unauthenticated, UsageError
 from split_llama.extras import needs_extra
 
+INTERRUPTED = 130
 COMMANDS = {
+    "run": ("training.commands.run", "fine-tune on this machine: server, clients and all, from one file"),
+    "server": ("training.commands.server", "make a job for clients elsewhere, with a server or on a running one"),
+    "client": ("training.commands.client", "take part in a job with data of one's own"),
+    "evaluate": ("training.commands.evaluate", "score a model on a task, whole and split, with and without noise"),
+    "export": ("training.commands.export", "write what was trained as one PEFT folder"),
     "demo": ("training.demo.train", "train the bundled demo model from nothing"),
     "demo-score": ("training.demo.evaluate", "score a demo model on stories it has never seen"),
     "demo-score-split": ("training.demo.score_split", "the same through a running split-server"),
@@ -23,22 +34,25 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; gives the exit status."""
+    """Run one command; gives the exit code."""
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
         return 0
     if name not in COMMANDS:
         print(f"split-train: no command {name!r}\n{usage()}", file=sys.stderr)
-        return 2
+        return UsageError.exit_code
     try:
         with needs_extra("train"):
             module = importlib.import_module(COMMANDS[name][0])
-    except UsageError as error:
-        print(f"split-train: {error.message}", file=sys.stderr)
+            # The older commands give nothing back.
+            return module.main(rest) or 0
+    except FlLlamaError as error:
+        advice = "; here that is --api-key KEY" if isinstance(error, Unauthenticated) else ""
+        print(printable(f"split-train: {error.message}{advice}"), file=sys.stderr)
         return error.exit_code
-    module.main(rest)
-    return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from split_llama.errors import LimitExceeded, PartitionNotAllowed, UnknownJob, UsageError
@@ -28,8 +27,6 @@ from training.server.tally import Meters
 from training.strategy import make_strategy
 
 MAX_LIVE_JOBS = 64
-# Strategies of one's own that clients may ask for: MODULE:CLASS, comma-separated. A name is code that runs here.
-PLUGINS_VARIABLE = "FL_LLAMA_TRAIN_STRATEGIES"
 
 log = logging.getLogger("fl_llama.training")
 
@@ -40,7 +37,7 @@ def make_trunk(segment: Segment, lora: LoraConfig | None) -> Blocks:
 
 
 class TrainingExtension:
-    """The extension. `plugins` are the strategies that may be asked for beside our own."""
+    """The extension: jobs by their ids."""
 
     name = "training"
 
@@ -50,11 +47,9 @@ class TrainingExtension:
         *,
         make_trunk: MakeTrunk = make_trunk,
         clock: Callable[[], float] = time.monotonic,
-        plugins: Collection[str] | None = None,
     ) -> None:
         self.host = host
         self.budget = Budget(lambda: host.memory_bytes)
-        self._plugins = frozenset(_plugins_of_environment() if plugins is None else plugins)
         self._around = Surroundings(host, self.budget, Meters(host), make_trunk, clock)
         self._jobs: dict[str, Job] = {}
         self._started = False
@@ -116,10 +111,10 @@ class TrainingExtension:
             raise PartitionNotAllowed(
                 f"partition {config.partition} leaves blocks {plan.blocks} to the server; it hosts {self.host.blocks}"
             )
-        if ":" in config.strategy and config.strategy not in self._plugins:
+        if ":" in config.strategy and config.strategy not in self.host.plugins:
             raise UsageError(
-                f"the strategy {config.strategy!r} would run code on the server: its operator can allow it by "
-                f"{PLUGINS_VARIABLE}={config.strategy}"
+                f"the strategy {config.strategy!r} would run code on the server: its operator can allow it with "
+                f"--extension-plugin {config.strategy}"
             )
         make_strategy(config)
         if sum(job.record.ended is None for job in self.jobs) >= MAX_LIVE_JOBS:
@@ -156,7 +151,3 @@ class TrainingExtension:
     async def close(self) -> None:
         """The server ends: every job stops in order and goes on when the server is back."""
         await asyncio.gather(*(job.close() for job in self.jobs))
-
-
-def _plugins_of_environment() -> list[str]:
-    return [name.strip() for name in os.environ.get(PLUGINS_VARIABLE, "").split(",") if name.strip()]

@@ -113,3 +113,15 @@ async def test_a_wrong_configuration_names_the_field(rest: httpx.AsyncClient) ->
     assert answer.status_code == 400
     assert "'steps'" in answer.json()["message"] or "steps" in answer.json()["message"]
     assert (await rest.post("/v1/jobs", json=[], headers=CREATOR)).status_code == 422
+
+
+async def test_code_that_a_client_names_runs_only_where_the_operator_allows_it(
+    world: World, rest: httpx.AsyncClient
+) -> None:
+    named = "tests.training.server.own_strategy:Everybody"
+    job = body(clients=1) | {"strategy": named}
+    refused = await rest.post("/v1/jobs", json=job, headers=CREATOR)
+    assert refused.status_code == 400
+    assert f"--extension-plugin {named}" in refused.json()["message"]
+    world.host.plugins = (named,)
+    assert (await rest.post("/v1/jobs", json=job, headers=CREATOR)).status_code == 200

@@ -70,6 +70,7 @@ class FakeHost:
         self.blocks = BlockRange(1, self.checkpoint.config.num_hidden_layers - 1)
         self.folder = files
         self.memory_bytes = memory_bytes
+        self.plugins: tuple[str, ...] = ()
         self.model = "tiny"
         self.device = CPU
         self.max_frame_bytes = MAX_FRAME

@@ -1,0 +1,158 @@
+"""A client's work between one Start of its job and the next: its share of each step whose turn it is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from split_llama.errors import CacheError, NonFiniteStates
+from split_llama.wire.codec import Codec, decode_rows, encode_rows
+from split_llama.wire.frame import Kind
+from split_llama.wire.training import Commit, Message, Outcome, Start, flatten, unflatten
+from training.client.exchange import Exchange
+from training.client.pipeline import Compute, Pipeline, Share
+from training.client.state import ClientState
+from training.job_config import JobConfig
+from training.strategy import Strategy, averages, checkpoint_due, contributors
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Member:
+    """What a client is in a job, whichever generation: its number, the job's rules, and its own state."""
+
+    index: int
+    config: JobConfig
+    strategy: Strategy
+    state: ClientState
+    compute: Compute
+    width: int
+
+    def owns_optimizer(self) -> bool:
+        """Say whether the client steps A's and C's adapters itself."""
+        return not self.config.shares_all or self.strategy.own_sets
+
+    def averages(self, step: int) -> bool:
+        """Say whether A's and C's adapters are averaged with others' after a step."""
+        return self.config.shares_all and averages(self.config, self.strategy, step)
+
+    def needs_outcome(self, step: int) -> bool:
+        """Say whether the weights after a step come from the server."""
+        return self.config.shares_all and (not self.strategy.own_sets or self.averages(step))
+
+    def weights_of(self, message: Message) -> dict[str, Tensor] | None:
+        """Read A's and C's adapters out of a message; `None` where it has none. Raises `BadStates`."""
+        if not message.count:
+            return None
+        rows = np.empty((message.count, self.width), np.float32)
+        decode_rows(message.codec, message.rows, rows)
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.state.weights.items()}
+        return {name: torch.from_numpy(value.copy()) for name, value in unflatten(rows, shapes).items()}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Closed:
+    """What became of a step: the server's word, this client's share if it had one, and warnings."""
+
+    outcome: Outcome
+    share: Share | None
+    warnings: tuple[str, ...] = ()
+
+
+class Generation:
+    """The work after one Start. `run` goes on to the job's last step; `close` takes what the server says of each."""
+
+    def __init__(self, member: Member, pipeline: Pipeline, exchange: Exchange, start: Start) -> None:
+        self.exchange = exchange
+        self._member = member
+        self._pipeline = pipeline
+        self._start = start
+        self._present = frozenset(start.present)
+        self._shares: dict[int, Share] = {}
+        self._under_way: tuple[int, asyncio.Task[None] | None] = (0, None)
+        self._closed = start.step
+        self._changed = asyncio.Event()
+
+    async def run(self) -> None:
+        """Do the shares of all steps to come. Raises `FlLlamaError`."""
+        member = self._member
+        for step in range(self._start.step + 1, member.config.steps + 1):
+            if member.index in contributors(member.strategy, step, self._present) and step > self._closed:
+                await self._contribute(step)
+            while member.needs_outcome(step) and self._closed < step:
+                self._changed.clear()
+                await self._changed.wait()
+
+    async def close(self, outcome: Outcome, message: Message) -> Closed:
+        """Take the outcome of a step: abandon what is under way for it, confirm the state, keep it if that is due."""
+        member, step = self._member, outcome.step
+        under_way, task = self._under_way
+        if under_way == step and task is not None:
+            task.cancel()  # The step was closed without this client.
+        weights = member.weights_of(message)
+        await member.compute(lambda: member.state.confirm(step, weights))
+        self._closed = max(self._closed, step)
+        self._changed.set()
+        warnings: tuple[str, ...] = ()
+        if checkpoint_due(member.config, step, member.strategy):
+            try:
+                await member.compute(lambda: member.state.save(step))
+            except CacheError as full:
+                warnings = (f"{full.message}. Training goes on; until this is mended a restart goes further back",)
+        return Closed(outcome, self._shares.pop(step, None), warnings)
+
+    async def _contribute(self, step: int) -> None:
+        """Do one share; ends early when the step is closed without it."""
+        task = asyncio.create_task(self._share(step), name=f"share-of-step-{step}")
+        self._under_way = (step, task)
+        try:
+            await task
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if current is None or current.cancelling():
+                raise
+        finally:
+            self._under_way = (0, None)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    async def _share(self, step: int) -> None:
+        member, state = self._member, self._member.state
+        micros = member.config.accumulate
+        share = await self._pipeline.share(self.exchange, step, state.cursor, micros, lambda: state.weights)
+        rows = await member.compute(lambda: self._conclude(step, share))
+        self._shares[step] = share
+        self._under_way = (0, None)  # From here on the step has all of this client.
+        commit = Commit(
+            generation=self.exchange.generation,
+            step=step,
+            samples=share.samples,
+            targets=share.targets,
+            loss=share.loss,
+        )
+        self.exchange.tell(Kind.STEP, commit, Codec.FP32, rows)
+
+    def _conclude(self, step: int, share: Share) -> bytes:
+        """Step the own adapters, or hand the gradients over: give the rows of the commit."""
+        member, state = self._member, self._member.state
+        averaged = member.averages(step)
+        state.advance(step, share.grads, share.targets, averaged=averaged)
+        if averaged and member.owns_optimizer():
+            return self._rows(state.weights)
+        if not member.owns_optimizer():
+            grads = share.grads or {name: torch.zeros_like(weight) for name, weight in state.weights.items()}
+            try:
+                return self._rows(grads)
+            except NonFiniteStates:
+                return self._rows({name: torch.zeros_like(weight) for name, weight in state.weights.items()})
+        return b""
+
+    def _rows(self, tensors: Mapping[str, Tensor]) -> bytes:
+        values = {name: tensor.detach().float().cpu().numpy() for name, tensor in tensors.items()}
+        return encode_rows(Codec.FP32, flatten(values, self._member.width))
