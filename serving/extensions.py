@@ -83,6 +83,11 @@ class CoreHost:
         return self._core.settings.extension_folder() / self._name
 
     @property
+    def plugins(self) -> tuple[str, ...]:
+        """Names of code that clients may ask for."""
+        return self._core.settings.extension_plugin
+
+    @property
     def memory_bytes(self) -> int:
         """How much memory the extension may use for what is under way."""
         return self._core.settings.extension_bytes

@@ -111,6 +111,11 @@ class ServerSettings:
     extension_dir: Path | None = setting(
         None, "folder where extensions keep their files, such as jobs and checkpoints (default: the user's own)"
     )
+    extension_plugin: tuple[str, ...] = setting(
+        (),
+        "code that an extension's clients may ask for by its name, such as a strategy; may be given several times",
+        metavar="MODULE:CLASS",
+    )
     extension_memory: float = setting(
         2.0, "memory, in GiB, for what an extension has under way (activations)", check=_positive, metavar="GIB"
     )

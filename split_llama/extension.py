@@ -6,7 +6,7 @@ server runs split fine-tuning without knowing it, and fine-tuning knows the serv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -104,6 +104,11 @@ class Host(Protocol):
     @property
     def folder(self) -> Path:
         """Where the extension may keep files; it need not exist yet."""
+        ...
+
+    @property
+    def plugins(self) -> Collection[str]:
+        """Names (`module:Class`) of code that clients may ask the extension to run: the operator allows it."""
         ...
 
     @property

@@ -106,7 +106,7 @@ class Commit(Request):
     step: U32
     samples: U32
     targets: U32
-    loss: Finite | None
+    loss: Finite | None = None
 
 
 class Answer(Payload):
