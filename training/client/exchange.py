@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 
-from split_llama.errors import FlLlamaError
+from split_llama.errors import FlLlamaError, UnknownStep
 from split_llama.wire.codec import Codec, row_bytes
 from split_llama.wire.control import Request
 from split_llama.wire.frame import Kind
@@ -27,17 +27,23 @@ class Exchange:
 
     async def ask(self, kind: Kind, header: Forward | Backward, codec: Codec, rows: bytes) -> Message:
         """Send a micro-batch's rows and give the answer. Raises what the server refuses them with."""
+        return await self.post(kind, header, codec, rows)
+
+    def post(self, kind: Kind, header: Forward | Backward, codec: Codec, rows: bytes) -> asyncio.Future[Message]:
+        """Send a micro-batch's rows; the answer, or what the server refuses them with, comes by the future."""
         key = (kind, header.step, header.micro)
         future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._waiting[key] = future
         seq = self.tell(kind, header, codec, rows)
         self._by_seq[seq] = key
-        try:
-            return await future
-        finally:
+
+        def forget(done: asyncio.Future[Message]) -> None:
             del self._by_seq[seq]
-            if self._waiting.get(key) is future:
+            if self._waiting.get(key) is done:
                 del self._waiting[key]
+
+        future.add_done_callback(forget)
+        return future
 
     def tell(self, kind: Kind, header: Request, codec: Codec = Codec.FP32, rows: bytes = b"") -> int:
         """Send a message that is answered in its own time, or not; give its seq."""
@@ -51,6 +57,16 @@ class Exchange:
         future = self._waiting.get((message.kind, answer.step, answer.micro))
         if answer.generation == self.generation and future is not None and not future.done():
             future.set_result(replace(message, header=b""))
+
+    def waits_for(self, step: int) -> bool:
+        """Say whether answers about a step are still to come."""
+        return any(asked == step and not future.done() for (_, asked, _), future in self._waiting.items())
+
+    def give_up(self, step: int) -> None:
+        """Wait no longer for answers about a step that is closed: the server sends what it has before it says so."""
+        for (_, asked, _), future in list(self._waiting.items()):
+            if asked == step and not future.done():
+                future.set_exception(UnknownStep(f"step {step} was closed before this was answered"))
 
     def refused(self, seq: int, error: FlLlamaError) -> bool:
         """Take a refusal; give whether somebody waited for that message."""

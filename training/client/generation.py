@@ -16,7 +16,7 @@ from split_llama.wire.codec import Codec, decode_rows, encode_rows
 from split_llama.wire.frame import Kind
 from split_llama.wire.training import Commit, Message, Outcome, Start, flatten, unflatten
 from training.client.exchange import Exchange
-from training.client.pipeline import Compute, Pipeline, Share
+from training.client.pipeline import Compute, Pipeline, Share, Verdict
 from training.client.state import ClientState
 from training.job_config import JobConfig
 from training.strategy import Strategy, averages, checkpoint_due, contributors
@@ -75,6 +75,8 @@ class Generation:
         self._present = frozenset(start.present)
         self._shares: dict[int, Share] = {}
         self._under_way: tuple[int, asyncio.Task[None] | None] = (0, None)
+        # Shares that the server has all of, while the client still steps what is its own.
+        self._concluding: dict[int, asyncio.Task[None]] = {}
         self._closed = start.step
         self._changed = asyncio.Event()
 
@@ -94,6 +96,9 @@ class Generation:
         under_way, task = self._under_way
         if under_way == step and task is not None:
             task.cancel()  # The step was closed without this client.
+        if (concluding := self._concluding.pop(step, None)) is not None:
+            self.exchange.give_up(step)
+            await asyncio.wait({concluding})
         weights = member.weights_of(message)
         await member.compute(lambda: member.state.confirm(step, weights))
         self._closed = max(self._closed, step)
@@ -105,6 +110,12 @@ class Generation:
             except CacheError as full:
                 warnings = (f"{full.message}. Training goes on; until this is mended a restart goes further back",)
         return Closed(outcome, self._shares.pop(step, None), warnings)
+
+    async def conclude(self) -> None:
+        """Finish the shares that the server has all of and has answered, so that they can be restored."""
+        answered = {task for step, task in self._concluding.items() if not self.exchange.waits_for(step)}
+        if answered:
+            await asyncio.wait(answered)
 
     async def _contribute(self, step: int) -> None:
         """Do one share; ends early when the step is closed without it."""
@@ -125,10 +136,25 @@ class Generation:
     async def _share(self, step: int) -> None:
         member, state = self._member, self._member.state
         micros = member.config.accumulate
-        share = await self._pipeline.share(self.exchange, step, state.cursor, micros, lambda: state.weights)
+        # Where nothing of A and C is shared, the server need not wait for A's backward: its answer is for the client.
+        early = not member.config.shares_all
+
+        def told(verdict: Verdict) -> None:
+            if early:
+                self._commit(step, verdict)
+
+        share = await self._pipeline.share(self.exchange, step, state.cursor, micros, lambda: state.weights, told)
         rows = await member.compute(lambda: self._conclude(step, share))
         self._shares[step] = share
-        self._under_way = (0, None)  # From here on the step has all of this client.
+        if not early:
+            self._commit(step, share, rows)
+
+    def _commit(self, step: int, share: Share | Verdict, rows: bytes = b"") -> None:
+        """Say that the server has all of this client's share."""
+        under_way, task = self._under_way
+        if under_way == step and task is not None:
+            self._concluding[step] = task
+        self._under_way = (0, None)
         commit = Commit(
             generation=self.exchange.generation,
             step=step,

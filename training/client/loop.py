@@ -95,6 +95,8 @@ class JobLoop:
 
     async def _stop(self) -> None:
         """Give up what is under way."""
+        if self._work is not None:
+            await self._work.conclude()
         task, self._task, self._work = self._task, None, None
         if task is not None:
             task.cancel()

@@ -19,7 +19,7 @@ from split_llama.errors import BadStates, NonFiniteStates, ServerFault, UnknownS
 from split_llama.wire.frame import Kind
 from split_llama.wire.training import Backward, Forward
 from training.client.exchange import Exchange
-from training.client.maths import ClientMaths, Place, Sent
+from training.client.maths import ClientMaths, Judged, Place, Sent
 from training.compute.batch import Batch
 
 T = TypeVar("T")
@@ -69,6 +69,29 @@ class Share:
     faults: tuple[str, ...]
 
 
+@dataclass(slots=True, eq=False)
+class Verdict:
+    """What is known of a share once all its gradients went back, before their answers are here: `told` hears it."""
+
+    missing: int
+    told: Callable[[Verdict], None]
+    loss: float | None = 0.0
+    targets: int = 0
+    samples: int = 0
+
+    def add(self, loss: float | None, batch: Batch) -> None:
+        """Add a micro-batch that went back, or without a loss one that adds nothing."""
+        self.missing -= 1
+        if loss is None:
+            self.loss = None
+        else:
+            self.loss = None if self.loss is None else self.loss + loss
+            self.targets += batch.target_count
+            self.samples += len(batch.ragged.lengths)
+        if not self.missing:
+            self.told(self)
+
+
 class Pipeline:
     """Runs shares. `max_micros` micro-batches are under way at most, and none has more than `max_rows` rows."""
 
@@ -82,14 +105,27 @@ class Pipeline:
         self._window = asyncio.Semaphore(max_micros)
         self._max_rows = max_rows
 
-    async def share(self, exchange: Exchange, step: int, cursor: int, micros: int, weights: Weights) -> Share:
-        """Do micro-batches `cursor` to `cursor + micros - 1` of the data as those of `step`. Raises `FlLlamaError`."""
+    async def share(
+        self,
+        exchange: Exchange,
+        step: int,
+        cursor: int,
+        micros: int,
+        weights: Weights,
+        told: Callable[[Verdict], None],
+    ) -> Share:
+        """Do micro-batches `cursor` to `cursor + micros - 1` of the data as those of `step`. Raises `FlLlamaError`.
+
+        `told` hears when all that the server needs of B's part is on its way.
+        """
+        verdict = Verdict(micros, told)
         adapter = await self._compute(lambda: self._maths.adapter(weights()))
         tasks: list[asyncio.Task[Micro]] = []
         try:
             async with asyncio.TaskGroup() as group:
                 for micro in range(micros):
-                    job = _Job(exchange, Place(self._client, step, micro), cursor + micro, micros, adapter, weights)
+                    place = Place(self._client, step, micro)
+                    job = _Job(exchange, place, cursor + micro, micros, adapter, weights, verdict)
                     tasks.append(group.create_task(self._micro(job)))
         except ExceptionGroup as failures:
             raise _first(failures) from failures
@@ -104,11 +140,16 @@ class Pipeline:
                     "make the job with a smaller batch_size or max_length"
                 )
             try:
-                return await self._there_and_back(job, batch)
+                sent, judged = await self._there(job, batch)
+            except MICRO_FAULTS as fault:
+                job.verdict.add(None, batch)
+                return Micro(None, batch, None, fault.message)
+            try:
+                return await self._back(job, batch, sent, judged)
             except MICRO_FAULTS as fault:
                 return Micro(None, batch, None, fault.message)
 
-    async def _there_and_back(self, job: _Job, batch: Batch) -> Micro:
+    async def _there(self, job: _Job, batch: Batch) -> tuple[Sent, Judged]:
         maths, exchange, place = self._maths, job.exchange, job.place
         sent: Sent = await self._compute(lambda: maths.forward(batch, job.weights(), job.adapter, place))
         header = Forward(
@@ -120,12 +161,18 @@ class Pipeline:
             lengths=batch.ragged.lengths,
         )
         answer = await exchange.ask(Kind.FORWARD, header, maths.codec, sent.data)
-        judged = await self._compute(lambda: maths.loss(sent, answer, place))
+        return sent, await self._compute(lambda: maths.loss(sent, answer, place))
+
+    async def _back(self, job: _Job, batch: Batch, sent: Sent, judged: Judged) -> Micro:
+        maths, exchange, place = self._maths, job.exchange, job.place
         back = Backward(generation=exchange.generation, step=place.step, micro=place.micro)
         if judged.data is None:
             exchange.tell(Kind.BACKWARD, back)
+            job.verdict.add(None, batch)
             return Micro(None, batch, None, "the loss or its gradient is no finite number")
-        returned = await exchange.ask(Kind.BACKWARD, back, maths.gradient_codec, judged.data)
+        answer = exchange.post(Kind.BACKWARD, back, maths.gradient_codec, judged.data)
+        job.verdict.add(judged.loss, batch)
+        returned = await answer
         grads = await self._compute(lambda: maths.backward(sent, returned))
         return Micro(judged.loss, batch, grads)
 
@@ -140,6 +187,7 @@ class _Job:
     of: int
     adapter: str
     weights: Weights
+    verdict: Verdict
 
 
 def add_up(micros: Sequence[Micro]) -> Share:

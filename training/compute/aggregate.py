@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from split_llama.errors import UsageError
+from training.compute.flat import PIECE, FlatTensors, Layout
 from training.compute.lora import recording
 from training.job_config import JobConfig
 
@@ -62,49 +63,73 @@ class Clipped:
 class Combined:
     """The gradient of a step, empty if nobody contributed one; the tokens in it; who was clipped and who left out."""
 
-    grads: dict[str, Tensor]
+    flat: FlatTensors
     targets: int
     clipped: tuple[Clipped, ...]
     dropped: tuple[str, ...]
 
+    @property
+    def grads(self) -> dict[str, Tensor]:
+        """The gradient by name, as views."""
+        return self.flat.views
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Counted:
+    """What counts of a contribution: its target tokens, and the gradients as one flat tensor."""
+
+    targets: int
+    flat: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        return self.flat * (1 / self.targets)
+
 
 def combine(contributions: Sequence[Contribution], rule: Rule) -> Combined:
-    """Make one gradient. Who contributes NaN or infinity is left out and named; who has no tokens adds nothing."""
+    """Make one gradient. Who contributes NaN or infinity is left out and named; who has no tokens adds nothing.
+
+    Raises `UsageError` where names or shapes of the contributions differ.
+    """
+    layout = Layout.of(contributions[0].grads) if contributions else Layout({})
     with recording(graph=False):
-        counted, clipped, dropped = _accept(contributions, rule)
-        grads = _joined(counted, rule) if counted else {}
+        counted, clipped, dropped = _accept(contributions, rule, layout)
+        grads = FlatTensors(layout, _joined(counted, rule)) if counted else FlatTensors.of({})
     return Combined(grads, sum(entry.targets for entry in counted), tuple(clipped), tuple(dropped))
 
 
-def _accept(contributions: Sequence[Contribution], rule: Rule) -> tuple[list[Contribution], list[Clipped], list[str]]:
-    counted: list[Contribution] = []
+def _accept(
+    contributions: Sequence[Contribution], rule: Rule, layout: Layout
+) -> tuple[list[_Counted], list[Clipped], list[str]]:
+    counted: list[_Counted] = []
     clipped: list[Clipped] = []
     dropped: list[str] = []
     for entry in contributions:
-        norm = _norm(entry.grads)
+        grads = layout.pack(entry.grads)
+        norm, flat = grads.norm, grads.flat
         if not norm < math.inf:
             dropped.append(entry.client)
         elif entry.targets > 0:
             mean_norm = norm / entry.targets
             if rule.max_norm is not None and mean_norm > rule.max_norm:
                 clipped.append(Clipped(entry.client, mean_norm))
-                entry = replace(entry, grads=_scaled(entry.grads, rule.max_norm / mean_norm))
-            counted.append(entry)
+                flat = flat * (rule.max_norm / mean_norm)
+            counted.append(_Counted(entry.targets, flat))
     return counted, clipped, dropped
 
 
-def _joined(counted: Sequence[Contribution], rule: Rule) -> dict[str, Tensor]:
-    names = list(counted[0].grads)
+def _joined(counted: Sequence[_Counted], rule: Rule) -> Tensor:
     if rule.kind == "tokens":
-        tokens = sum(entry.targets for entry in counted)
-        return {name: _sum([entry.grads[name] for entry in counted]).div_(tokens) for name in names}
-    means = [_scaled(entry.grads, 1 / entry.targets) for entry in counted]
+        return _sum([entry.flat for entry in counted]).div_(sum(entry.targets for entry in counted))
+    means = [entry.mean for entry in counted]
     if rule.kind == "paper-sum":
-        return {name: _sum([mean[name] for mean in means]) for name in names}
+        return _sum(means)
     cut = len(means) // 2 if rule.kind == "median" else math.floor(rule.trim * len(means))
     # Of an even number of values the median is the mean of the middle two, as statistics has it.
     cut -= int(2 * cut == len(means))
-    return {name: _trimmed(torch.stack([mean[name] for mean in means]), cut) for name in names}
+    # Sorting takes several times the memory of what it sorts: a piece at a time.
+    pieces = zip(*(mean.split(PIECE) for mean in means), strict=True)
+    return torch.cat([_trimmed(torch.stack(piece), cut) for piece in pieces])
 
 
 def _trimmed(stacked: Tensor, cut: int) -> Tensor:
@@ -117,13 +142,3 @@ def _sum(tensors: Sequence[Tensor]) -> Tensor:
     for tensor in tensors[1:]:
         total += tensor
     return total
-
-
-def _scaled(grads: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
-    return {name: grad * factor for name, grad in grads.items()}
-
-
-def _norm(grads: Mapping[str, Tensor]) -> float:
-    """Give the norm of all gradients together; NaN or infinity if and only if any of them is."""
-    norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads.values()]
-    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0

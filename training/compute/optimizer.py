@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from split_llama.errors import CheckpointError, UsageError
+from training.compute.flat import FlatTensors, Layout
 from training.compute.lora import recording
 from training.job_config import OptimizerPart
 
@@ -37,12 +38,13 @@ class AdapterOptimizer:
     def __init__(self, params: Mapping[str, Tensor], spec: OptimizerPart) -> None:
         """Copy the first values of `params`, float32, by name."""
         self._spec = spec
-        self._shapes = {name: tensor.shape for name, tensor in params.items()}
-        if not self._shapes:
+        self._layout = Layout.of(params)
+        if not params:
             raise UsageError("an optimizer needs at least one weight; lora.segments and the partition leave none here")
         with recording(graph=False):
-            self._flat = self._flatten(params).requires_grad_(True)
-            self.weights = {name: view.requires_grad_(True) for name, view in self._views(self._flat.detach()).items()}
+            self._flat = self._layout.pack(params).flat.clone().requires_grad_(True)
+            views = self._layout.views(self._flat.detach())
+            self.weights = {name: view.requires_grad_(True) for name, view in views.items()}
         self._adam = torch.optim.AdamW(
             [self._flat], lr=spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay
         )
@@ -53,25 +55,31 @@ class AdapterOptimizer:
         A gradient that is not finite changes nothing; the report says so. Raises `UsageError` where names or shapes
         are not those of the weights.
         """
-        self._check("gradients", grads, UsageError)
+        flat = self._packed("gradients", grads, UsageError)
         with recording(graph=False):
-            flat = self._flatten(grads)
             norm = float(torch.linalg.vector_norm(flat))
             if not norm < float("inf"):
                 return StepReport(norm, applied=False)
-            if self._spec.max_grad_norm is not None:
-                flat *= min(1.0, self._spec.max_grad_norm / (norm + _LEAST_NORM))
+            limit = self._spec.max_grad_norm
+            scale = 1.0 if limit is None else min(1.0, limit / (norm + _LEAST_NORM))
             self._adam.param_groups[0]["lr"] = lr
-            self._flat.grad = flat
+            # What was given stays as it is.
+            self._flat.grad = flat if scale == 1.0 else flat * scale
             self._adam.step()
             self._flat.grad = None
         return StepReport(norm, applied=True)
 
+    @property
+    def values(self) -> FlatTensors:
+        """The weights' values, which share their storage and are no leaves."""
+        with recording(graph=False):
+            return FlatTensors(self._layout, self._flat.detach())
+
     def replace(self, weights: Mapping[str, Tensor]) -> None:
         """Take other values for the weights, as after averaging; the moments stay. Raises `UsageError`."""
-        self._check("weights", weights, UsageError)
+        flat = self._packed("weights", weights, UsageError)
         with recording(graph=False):
-            self._flat.detach().copy_(self._flatten(weights))
+            self._flat.detach().copy_(flat)
 
     def tensors(self) -> dict[str, Tensor]:
         """Give copies of weights, moments and the number of steps taken: all that `load` needs."""
@@ -84,39 +92,32 @@ class AdapterOptimizer:
                 (MOMENT, state.get("exp_avg", zeros)),
                 (SQUARE, state.get("exp_avg_sq", zeros)),
             ):
-                stored |= {prefix + name: view.clone() for name, view in self._views(flat).items()}
+                stored |= {prefix + name: view.clone() for name, view in self._layout.views(flat).items()}
         return stored
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `tensors` gave. Raises `CheckpointError`, and changes nothing, where it does not fit."""
-        parts = {prefix: self._stored(tensors, prefix) for prefix in (WEIGHT, MOMENT, SQUARE)}
-        if STEP not in tensors or len(tensors) != 1 + 3 * len(self._shapes):
+        weights, moments, squares = (self._stored(tensors, prefix) for prefix in (WEIGHT, MOMENT, SQUARE))
+        if STEP not in tensors or len(tensors) != 1 + 3 * len(self.weights):
             raise CheckpointError("the stored optimizer state is not that of these weights; it has other tensors")
         with recording(graph=False):
-            self._flat.detach().copy_(self._flatten(parts[WEIGHT]))
+            self._flat.detach().copy_(weights)
             self._adam.state[self._flat] = {
                 "step": tensors[STEP].detach().to("cpu", torch.float32, copy=True),
-                "exp_avg": self._flatten(parts[MOMENT]),
-                "exp_avg_sq": self._flatten(parts[SQUARE]),
+                "exp_avg": moments.to(self._flat.device),
+                "exp_avg_sq": squares.to(self._flat.device),
             }
 
-    def _stored(self, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    def _stored(self, tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
         part = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        self._check("stored optimizer tensors", part, CheckpointError)
-        return part
+        return self._packed("stored optimizer tensors", part, CheckpointError)
 
-    def _check(self, what: str, tensors: Mapping[str, Tensor], error: type[UsageError] | type[CheckpointError]) -> None:
-        other = sorted(set(tensors) ^ set(self._shapes))
-        if other:
-            raise error(f"the {what} are not of these weights: {other[0]} is in only one of the two")
-        for name, shape in self._shapes.items():
-            if tensors[name].shape != shape:
-                raise error(f"the {what}: {name} has shape {tuple(tensors[name].shape)}, expected {tuple(shape)}")
-
-    def _flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Copy tensors into one, in the weights' order."""
-        return torch.cat([tensors[name].detach().flatten().to(torch.float32) for name in self._shapes])
-
-    def _views(self, flat: Tensor) -> dict[str, Tensor]:
-        parts = torch.split(flat, [shape.numel() for shape in self._shapes.values()])
-        return {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
+    def _packed(
+        self, what: str, tensors: Mapping[str, Tensor], error: type[UsageError] | type[CheckpointError]
+    ) -> Tensor:
+        """Give tensors as one flat one, in the weights' order; what is flat already is given as it is."""
+        if not isinstance(tensors, FlatTensors) or not self._layout.is_same(tensors.layout):
+            misfit = self._layout.misfit(tensors)
+            if misfit is not None:
+                raise error(f"the {what} are not of these weights: {misfit}")
+        return self._layout.pack(tensors).flat

@@ -192,7 +192,7 @@ class Book:
             shares = self._ledger.contributors_of(track)
             complete = [share for share in shares if share.commit is not None and not share.out]
             missing = [share for share in shares if share.is_open]
-            if not shares or (not complete and missing):
+            if not shares or (not complete and missing) or not all(share.is_settled for share in complete):
                 continue
             if averages(self._config, self._strategy, track.step):
                 track.met_at = complete[0].committed_at if complete else now

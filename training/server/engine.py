@@ -6,6 +6,7 @@ in the background.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -126,8 +127,7 @@ class Engine:
         sets, width = self._ready.sets, self._plan.model.hidden_size
 
         def work() -> Floats:
-            adapters = sets.adapters()
-            return flatten({name: adapters[name].numpy() for name in self._plan.ends}, width)
+            return flatten({name: ends.numpy() for name, ends in sets.adapters(self._plan.ends).items()}, width)
 
         return await self._at_once(work)
 
@@ -162,14 +162,22 @@ class Engine:
 
     def room(self, micros: Sequence[Micro]) -> int:
         """Say how many of these may go forward together now; as many as can without their graphs if not with them."""
-        for count in range(len(micros), 0, -1):
-            for keep in (False,) if self._config.recompute else (True, False):
-                if self._budget.fits(self._need(micros[:count], keep=keep)):
-                    self._keep = keep
-                    return count
+        if self._fits_together(micros):
+            return len(micros)
+        most = bisect_left(range(1, len(micros)), True, key=lambda count: not self._fits_together(micros[:count]))
+        if most and self._fits_together(micros[:most]):
+            return most
         # With nothing else held, one has to go: it was seen to fit by itself when it came.
         self._keep = False
         return int(self._budget.held == 0)
+
+    def _fits_together(self, micros: Sequence[Micro]) -> bool:
+        """Say whether these fit, and note whether with their graphs."""
+        for keep in (False,) if self._config.recompute else (True, False):
+            if self._budget.fits(self._need(micros, keep=keep)):
+                self._keep = keep
+                return True
+        return False
 
     def _need(self, micros: Sequence[Micro], *, keep: bool) -> int:
         inputs = sum(len(micro.rows.data) for micro in micros if micro.rows is not None)

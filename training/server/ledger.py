@@ -88,7 +88,7 @@ class Ledger:
         return None
 
     def commit(self, client: int, header: Commit, tensors: Any, now: float) -> None:
-        """Take in that a client has done its share. What it did not take back by then adds nothing.
+        """Take in that a client has done its share: what it took back still counts, all else adds nothing.
 
         Raises `BadRequest`, `WindowExceeded`.
         """
@@ -102,7 +102,7 @@ class Ledger:
             raise WindowExceeded(f"step {header.step} is {ahead} steps ahead; {MAX_AHEAD} may be")
         share.commit, share.tensors, share.committed_at = header, tensors, now
         for micro in share.micros.values():
-            if micro.phase not in SETTLED:
+            if micro.phase not in SETTLED and micro.phase is not Phase.RETURNED:
                 micro.settle(Phase.VOID)
 
     def reject(self, client: int, step: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from split_llama.config import BlockRange
 from split_llama.errors import NonFiniteStates, RequestRefused
 from split_llama.wire.codec import Codec, Floats, decode_rows, encode_rows
-from training.compute.lora import DropoutKey, Group, take_gradients
+from training.compute.lora import DropoutKey, Group
 from training.compute.tape import Tape
 from training.job_config import JobConfig
 from training.server.records import Micro, Rows
@@ -130,7 +130,7 @@ class Passes:
 
     def held_bytes(self, members: Sequence[Micro], *, keep: bool) -> int:
         """Estimate what a pass of these will hold until its backward."""
-        groups = [Group(micro.lengths, self._sets.leaves(micro.client), self._dropout(micro)) for micro in members]
+        groups = [Group(micro.lengths, self._sets.weights(micro.client), self._dropout(micro)) for micro in members]
         output = sum(micro.count for micro in members) * self._width * torch.float32.itemsize
         return len(self._span) * self._blocks.block_bytes(groups, keep=keep) + output
 
@@ -165,8 +165,8 @@ class Passes:
         return torch.from_numpy(np.concatenate(rows)).to(self._device)
 
     def _add(self, micro: Micro, group: Group, back: Tensor, results: Results) -> None:
-        gradients = take_gradients(group.weights)
-        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values()):
+        gradients = self._sets.gathered(group.weights)
+        if not gradients.is_finite:
             results.failures[micro] = NonFiniteStates(
                 f"the gradients of micro-batch {micro.number} of step {micro.step} are not finite: it adds nothing"
             )

@@ -111,6 +111,11 @@ class Share:
         return self.commit is None and not self.out
 
     @property
+    def is_settled(self) -> bool:
+        """Say whether everything that the client took back has been added."""
+        return all(micro.phase in SETTLED for micro in self.micros.values())
+
+    @property
     def targets(self) -> int:
         """How many target tokens were added."""
         return sum(micro.targets for micro in self.micros.values() if micro.phase is Phase.DONE)

@@ -15,7 +15,8 @@ from torch import Tensor
 from split_llama.errors import CheckpointError
 from training.compute.aggregate import Combined, Contribution, Rule, combine
 from training.compute.averaging import average
-from training.compute.lora import leaves_of, recording
+from training.compute.flat import FlatTensors, Layout
+from training.compute.lora import leaves_of, recording, take_gradients
 from training.compute.optimizer import AdapterOptimizer
 from training.compute.schedule import learning_rate
 from training.job_config import JobConfig
@@ -66,40 +67,45 @@ class WeightSets:
         self._config = config
         self._device = device
         self._own = own
-        self._average: dict[str, Tensor] = {}
+        self._trunk = Layout(plan.trunk)
+        self._ends = Layout(plan.ends)
+        self._all = Layout({**plan.trunk, **plan.ends})
+        self._average = FlatTensors.of({})
         self._sets: dict[str, AdapterOptimizer] = {}
-        self._gradients: dict[int, dict[str, Tensor]] = {}
+        self._gradients: dict[int, FlatTensors] = {}
         self._samples: dict[int, int] = {}
 
     def _make(self, key: str, first: Tensors) -> None:
         """Make a set. One without weights (no segment of it has adapters) has nothing to keep."""
-        params = {name: first[name] for name in self._names()}
+        params = {name: first[name] for name in (self._trunk if self._own else self._all).names}
         if params:
             self._sets[key] = AdapterOptimizer(params, self._config.optimizer)
-
-    def _names(self) -> list[str]:
-        return [*self._plan.trunk, *(() if self._own else self._plan.ends)]
 
     def _key(self, client: int) -> str:
         return str(client) if self._own else SHARED
 
     # Passes
 
+    def weights(self, client: int) -> Tensors:
+        """Give what a pass of a client's rows reads: its set's weights, or none where no block of B has adapters."""
+        optimizer = self._sets.get(self._key(client))
+        return optimizer.weights if optimizer is not None and self._trunk.size else {}
+
     def leaves(self, client: int) -> dict[str, Tensor]:
         """Give leaves of B's weights for one pass of a client's rows; they share the storage of its set."""
-        optimizer = self._sets.get(self._key(client))
-        weights = optimizer.weights if optimizer is not None else {}
-        return leaves_of({name: weights[name] for name in self._plan.trunk})
+        weights = self.weights(client)
+        return leaves_of({name: weights[name] for name in self._trunk.names})
 
-    def add(self, client: int, gradients: Tensors) -> None:
-        """Add a micro-batch's gradients to a client's share of the step under way."""
-        with recording(graph=False):
-            known = self._gradients.setdefault(client, {})
-            for name, gradient in gradients.items():
-                if name in known:
-                    known[name] += gradient
-                else:
-                    known[name] = gradient.clone()
+    def gathered(self, leaves: Tensors) -> FlatTensors:
+        """Take the gradients that leaves have gathered."""
+        return self._trunk.pack(take_gradients(leaves))
+
+    def add(self, client: int, gradients: FlatTensors) -> None:
+        """Add a micro-batch's gradients, as `gathered` gave them, to a client's share of the step under way."""
+        known = self._gradients.setdefault(client, gradients)
+        if known is not gradients:
+            with recording(graph=False):
+                known.flat.add_(gradients.flat)
 
     def drop_gradients(self, clients: Iterable[int] | None = None) -> None:
         """Forget the shares of clients in the step under way; of all unless some are named."""
@@ -125,11 +131,15 @@ class WeightSets:
         return Stepped(rate, norm, skipped, clipped, stayed)
 
     def _contribution(self, offer: Offer) -> Contribution:
-        added = self._gradients.get(offer.client, {})
-        with recording(graph=False):
-            zeros = {name: torch.zeros(shape, device=self._device) for name, shape in self._plan.trunk.items()}
-            ends = {} if self._own else _to(offer.ends or {}, self._device)
-        return Contribution(str(offer.client), offer.targets, offer.samples, {**zeros, **added, **ends})
+        grads = self._gradients.get(offer.client)
+        if grads is None:
+            grads = self._trunk.zeros(self._device)
+        if not self._own:
+            grads = self._all.joined(grads, self._end_tensors(offer))
+        return Contribution(str(offer.client), offer.targets, offer.samples, grads)
+
+    def _end_tensors(self, offer: Offer) -> FlatTensors:
+        return self._ends.pack(_to(offer.ends or {}, self._device))
 
     def _apply(self, offers: Sequence[Offer], combined: Combined, rate: float) -> tuple[float | None, str | None]:
         if not combined.targets:
@@ -137,7 +147,7 @@ class WeightSets:
         optimizer = self._sets.get(self._key(offers[0].client))
         if optimizer is None:
             return None, None
-        report = optimizer.step(combined.grads, rate)
+        report = optimizer.step(combined.flat, rate)
         return (report.norm, None) if report.applied else (None, "the gradient of the step is not finite")
 
     # Averaging
@@ -147,19 +157,19 @@ class WeightSets:
 
         Gives who was left out, and why.
         """
-        joined = {offer.client: offer.ends for offer in offers if offer.ends is not None}
-        shares = [float(self._samples.get(client, 0)) for client in joined]
+        joined = [offer for offer in offers if offer.ends is not None]
+        shares = [float(self._samples.get(offer.client, 0)) for offer in joined]
         if joined:
-            weights = [{**self._weights(client), **_to(ends, self._device)} for client, ends in joined.items()]
+            weights = [self._all.joined(self._values(offer.client), self._end_tensors(offer)) for offer in joined]
             self._average = average(weights, shares if any(shares) else [1.0] * len(shares))
             for optimizer in self._sets.values():
-                optimizer.replace({name: self._average[name] for name in self._plan.trunk})
+                optimizer.replace(self._average.head(self._trunk))
             self._samples.clear()
         return {offer.client: NOT_FINITE for offer in offers if offer.ends is None}
 
-    def _weights(self, client: int) -> Tensors:
+    def _values(self, client: int) -> FlatTensors:
         optimizer = self._sets.get(self._key(client))
-        return optimizer.weights if optimizer is not None else {}
+        return optimizer.values if optimizer is not None else FlatTensors.of({})
 
     def seat(self, clients: Iterable[int]) -> None:
         """With own sets: keep those of `clients` only; who has none begins with the newest average."""
@@ -174,16 +184,19 @@ class WeightSets:
 
     # What others get and what is kept
 
-    def adapters(self) -> dict[str, Tensor]:
-        """Give copies, on the CPU, of what all share: the weights of the shared set, or the newest average."""
+    def adapters(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Give copies, on the CPU, of what all share: the weights of the shared set, or the newest average.
+
+        Of all unless some are named.
+        """
+        source = self._average if self._own else self._values(0)
         with recording(graph=False):
-            source = self._average if self._own else self._weights(0)
-            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in source.items()}
+            return {name: source[name].to("cpu", copy=True) for name in (source if names is None else names)}
 
     def tensors(self) -> dict[str, Tensor]:
         """Give copies of everything: all that `load` needs."""
         with recording(graph=False):
-            stored = {AVERAGE + name: tensor.detach().clone() for name, tensor in self._average.items()}
+            stored = {AVERAGE + name: tensor.clone() for name, tensor in self._average.items()}
         for key, optimizer in self._sets.items():
             stored |= {f"set.{key}/{name}": tensor for name, tensor in optimizer.tensors().items()}
         return stored
@@ -197,21 +210,22 @@ class WeightSets:
         self.reset(seats)
         with recording(graph=False):
             kept = {name: tensor.to(self._device) for name, tensor in _part(tensors, AVERAGE).items()}
-        if set(kept) != set(self._average):
+        layout = self._average.layout
+        if layout.misfit(kept) is not None:
             raise CheckpointError("the checkpoint's average is of other adapters than this job's")
-        self._average = kept
+        self._average = layout.pack(kept)
         for key, optimizer in self._sets.items():
             stored = _part(tensors, f"set.{key}/")
             if stored or not self._own:
                 optimizer.load(stored)
             else:
-                optimizer.replace({name: kept[name] for name in self._plan.trunk})
+                optimizer.replace(self._average.head(self._trunk))
 
     def reset(self, clients: Iterable[int]) -> None:
         """Go to where everything begins."""
         with recording(graph=False):
             first = {name: tensor.to(self._device) for name, tensor in self._plan.first(self._config.seed).items()}
-        self._average = first if self._own else {}
+        self._average = self._all.pack(first) if self._own else FlatTensors.of({})
         self._sets.clear()
         self._gradients.clear()
         self._samples.clear()
