@@ -28,6 +28,7 @@ from training.job_config import JobConfig
 from training.settings import SECTION, TrainSettings
 
 EXAMPLES = Path(__file__).parent / "examples"
+PRESETS = Path(__file__).parent / "paper"
 SECTIONS = ("job", "data", "server", "client")
 DATA_KEYS = ("task", "train", "validation", "partition")
 # What a client is told by the run itself.
@@ -96,11 +97,11 @@ def find(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    example = EXAMPLES / f"{name}.toml"
-    if example.is_file():
-        return example
-    known = sorted(file.stem for file in EXAMPLES.glob("*.toml"))
-    raise UsageError(f"there is no file {name}; examples that come along: {', '.join(known)}")
+    bundled = {file.stem: file for file in EXAMPLES.glob("*.toml")}
+    bundled |= {f"paper/{file.stem}": file for file in PRESETS.glob("*.toml")}
+    if name in bundled:
+        return bundled[name]
+    raise UsageError(f"there is no file {name}; those that come along: {', '.join(sorted(bundled))}")
 
 
 def as_flags(values: Mapping[str, Any]) -> list[str]:
@@ -171,4 +172,6 @@ def _server(raw: Mapping[str, Any], job: JobConfig, where: str) -> dict[str, Any
     extensions = [extensions] if isinstance(extensions, str) else list(extensions)
     if "training" not in extensions:
         extensions.append("training")
-    return {"model": "demo", "allowed_partitions": job.partition} | given | {"extension": extensions}
+    # Who writes the file starts the server: a strategy of one's own is allowed here by naming it.
+    own = {"extension_plugin": [job.strategy]} if ":" in job.strategy else {}
+    return {"model": "demo", "allowed_partitions": job.partition} | own | given | {"extension": extensions}

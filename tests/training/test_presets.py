@@ -80,4 +80,6 @@ def test_the_page_has_the_papers_rows() -> None:
         *(("server-hierarchical", clients) for clients in (2, 4, 8)),
     ]
     for name in PRESETS:
-        assert f"training/paper/{name}.toml" in PAGE.read_text(encoding="utf-8") or f"`{name}.toml`" in PAGE.read_text()
+        assert f"paper/{name}" in PAGE.read_text(encoding="utf-8") or f"`{name}.toml`" in PAGE.read_text(
+            encoding="utf-8"
+        )

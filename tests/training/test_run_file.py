@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from split_llama.errors import UsageError
-from training.run_file import EXAMPLES, RunFile, as_flags
+from training.run_file import EXAMPLES, RunFile, as_flags, find
 
 SMALLEST = {"data": {"task": "demo"}}
 
@@ -92,7 +92,7 @@ def test_a_change_that_is_none_is_refused(tmp_path: Path, change: str) -> None:
 
 
 def test_a_file_that_is_not_there_or_no_toml_is_said(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="examples that come along: demo"):
+    with pytest.raises(UsageError, match="those that come along: demo"):
         RunFile.read("nothing")
     (tmp_path / "bad.toml").write_text("[job\n")
     with pytest.raises(UsageError, match="not valid TOML"):
@@ -102,3 +102,17 @@ def test_a_file_that_is_not_there_or_no_toml_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", [*EXAMPLES.glob("*.toml")], ids=lambda path: path.stem)
 def test_what_comes_along_can_be_read(path: Path) -> None:
     assert RunFile.read(path.stem).job.name == path.stem
+
+
+def test_files_that_come_along_are_found_by_name() -> None:
+    assert find("demo").name == "demo.toml"
+    assert find("paper/multirc").name == "multirc.toml"
+    with pytest.raises(UsageError, match="paper/record"):
+        find("paper/nothing")
+
+
+def test_a_strategy_of_ones_own_is_allowed_on_the_server_that_is_started_for_it() -> None:
+    named = "somewhere:Else"
+    file = RunFile.parse({"job": {"strategy": named}, "data": {"task": "demo"}}, "it")
+    assert f"--extension-plugin={named}" in file.server_flags()
+    assert not [flag for flag in RunFile.parse({"data": {"task": "demo"}}, "it").server_flags() if "plugin" in flag]
