@@ -101,6 +101,38 @@ def test_a_joint_pass_waits_for_all_and_goes_back_together() -> None:
     assert desk.do() is None
 
 
+def test_a_commit_right_behind_the_gradient_waits_for_the_gradient_to_be_added() -> None:
+    """What went back counts though its answer is still to come; the step is closed when all of it is added."""
+    desk = Desk(clients=2)
+    for client in (0, 1):
+        desk.forward(client)
+    assert clients(desk.do()) == [0, 1]
+    for client in (0, 1):
+        desk.backward(client)
+        desk.commit(client)
+    back = desk.do()
+    assert isinstance(back, GoBack)
+    assert clients(back) == [0, 1]
+    close = desk.do()
+    assert isinstance(close, CloseStep)
+    assert [share.targets for share in close.shares] == [2, 2]
+
+
+def test_what_was_not_taken_back_before_the_commit_adds_nothing() -> None:
+    desk = Desk(clients=1, accumulate=2)
+    desk.there(0, micro=0)
+    desk.there(0, micro=1)
+    desk.backward(0, micro=0)
+    desk.commit(0)
+    while isinstance(close := desk.do(), GoBack):
+        pass
+    assert isinstance(close, CloseStep)
+    assert [share.targets for share in close.shares] == [2]
+    # Its gradient comes too late now.
+    desk.backward(0, micro=1)
+    assert not isinstance(desk.next(), GoBack)
+
+
 def test_each_stage_has_its_deadline() -> None:
     desk = Desk()
     desk.forward(0)
