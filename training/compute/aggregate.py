@@ -128,7 +128,7 @@ def _joined(counted: Sequence[_Counted], rule: Rule) -> Tensor:
     # Of an even number of values the median is the mean of the middle two, as statistics has it.
     cut -= int(2 * cut == len(means))
     # Sorting takes several times the memory of what it sorts: a piece at a time.
-    pieces = zip(*(mean.split(PIECE) for mean in means), strict=True)
+    pieces = zip(*(torch.split(mean, PIECE) for mean in means), strict=True)
     return torch.cat([_trimmed(torch.stack(piece), cut) for piece in pieces])
 
 

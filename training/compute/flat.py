@@ -83,12 +83,12 @@ class Layout:
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Give views of a flat tensor of this layout, by name."""
         with recording(graph=False):
-            parts = zip(self._names, flat.split(self._sizes), self._shapes, strict=True)
+            parts = zip(self._names, torch.split(flat, self._sizes), self._shapes, strict=True)
             return {name: part.view(shape) for name, part, shape in parts}
 
 
 class FlatTensors(Mapping[str, Tensor]):
-    """A flat tensor `[layout.size]`, float32, and as a mapping the tensors in it by name: views, made when asked for."""
+    """A flat tensor `[layout.size]`, float32, and as a mapping the tensors in it: views, made when asked for."""
 
     __slots__ = ("_views", "flat", "layout")
 
@@ -127,7 +127,7 @@ class FlatTensors(Mapping[str, Tensor]):
     def norm(self) -> float:
         """The norm, gathered in float64: NaN or infinity if and only if a value is."""
         with recording(graph=False):
-            pieces = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in self.flat.split(PIECE)]
+            pieces = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in torch.split(self.flat, PIECE)]
             return float(torch.linalg.vector_norm(torch.stack(pieces)))
 
     def __getitem__(self, name: str) -> Tensor:

@@ -1,16 +1,18 @@
 """What is to be done next in one generation of a job: passes, steps, averages, and who is too late for them. Pure.
 
 A *cohort* is what goes through one pass together: the micro-batches of one number of all contributors where they share
-a weight set, else whatever is ready, one of each client. It goes back together too. A *share* is all of one client in
-one step; with its commit it is complete. Whoever is late costs the others a deadline at most.
+a weight set, else whatever is ready, one of each client; with nothing else to do it waits a little for those who went
+along last time. It goes back together too. A *share* is all of one client in one step; with its commit it is complete.
+Whoever is late costs the others a deadline at most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from training.job_config import JobConfig
+from training.server.company import Company
 from training.server.ledger import Ledger, Track
 from training.server.records import SETTLED, Cohort, Micro, Phase, Share
 from training.strategy import Strategy, averages
@@ -73,6 +75,9 @@ class Book:
         self._strategy = strategy
         self._ledger = ledger
         self._cohorts: list[Cohort] = []
+        self._company = Company()
+        # After how many messages there was nothing to be done.
+        self._idle_after: int | None = None
         self.wakes_at: float | None = None
 
     @property
@@ -82,10 +87,17 @@ class Book:
 
     def next(self, now: float, room: Room) -> Work | None:
         """Say what is to be done now. `room` says how many of some micro-batches may go forward together."""
+        quiet = self._idle_after == self._ledger.messages and (self.wakes_at is None or now < self.wakes_at)
+        # Where nothing came and it is too early for anything, memory may be free again.
+        work = self._next_forward(now, room) if quiet else self._next_of_all(now, room)
+        self._idle_after = self._ledger.messages if work is None else None
+        return work
+
+    def _next_of_all(self, now: float, room: Room) -> Work | None:
         self.wakes_at = None
         for track in self._ledger.tracks:
             self._open(track, now)
-        return self._next_back(now) or self._next_close(now) or self._next_meeting(now) or self._next_forward(room)
+        return self._next_back(now) or self._next_close(now) or self._next_meeting(now) or self._next_forward(now, room)
 
     def _expired(self, since: float, now: float, seconds: float | None) -> bool:
         """Say whether so many seconds have passed; otherwise note when they will have."""
@@ -112,16 +124,35 @@ class Book:
                 active = [share for share in active if share.is_open]
             track.opened.add(number)
 
-    def _next_forward(self, room: Room) -> RunForward | None:
-        for track in self._ledger.tracks if not self._strategy.own_sets else [None]:
-            ready = self._ready_together(track) if track is not None else self._ready_alone()
-            taken = ready[: room(ready)] if ready else []
-            if taken:
-                cohort = Cohort(tuple(taken))
+    def _next_forward(self, now: float, room: Room) -> RunForward | None:
+        for ready in self._ready():
+            count = room(ready)
+            if count == len(ready) and self._awaits_company(ready, now):
+                continue
+            if count:
+                taken = ready[:count]
                 for micro in taken:
                     micro.phase = Phase.RUNNING
-                return RunForward(cohort)
+                self._company.leave((micro.client for micro in taken), now)
+                return RunForward(Cohort(tuple(taken)))
         return None
+
+    def _ready(self) -> Iterator[list[Micro]]:
+        """Give what may go forward, each time what goes together."""
+        if self._strategy.own_sets:
+            choices = [self._ready_alone()]
+        else:
+            choices = [self._ready_together(track) for track in self._ledger.tracks]
+        yield from filter(None, choices)
+
+    def _awaits_company(self, ready: Sequence[Micro], now: float) -> bool:
+        """Say whether those with own sets wait for who went with them last time and may come at any moment."""
+        if not self._strategy.own_sets:
+            return False
+        missing = self._company.missing(micro.client for micro in ready)
+        if not any(self._ledger.may_send(client) for client in missing):
+            return False
+        return not self._expired(min(micro.arrived_at for micro in ready), now, self._company.patience)
 
     def _ready_together(self, track: Track) -> list[Micro]:
         shares = [share for share in self._ledger.contributors_of(track) if share.is_open]
@@ -143,6 +174,7 @@ class Book:
     def ran(self, cohort: Cohort, now: float) -> None:
         """Note that a cohort went forward. Members that failed were settled by the caller."""
         cohort.answered_at = now
+        self._company.arrive(now)
         for micro in cohort.members:
             if micro.phase is Phase.RUNNING:
                 micro.phase = Phase.ANSWERED

@@ -49,6 +49,13 @@ class _Loaded:
     passes: Passes
 
 
+def most_that_fit(count: int, fits: Callable[[int], bool]) -> int:
+    """Give the largest number up to `count` that fits, 0 if none does; where one does not, no larger one may."""
+    if fits(count):
+        return count
+    return bisect_left(range(1, count), True, key=lambda fewer: not fits(fewer))
+
+
 class Engine:
     """The computing of one job. `names` gives the clients' names by their numbers, and may grow."""
 
@@ -162,11 +169,9 @@ class Engine:
 
     def room(self, micros: Sequence[Micro]) -> int:
         """Say how many of these may go forward together now; as many as can without their graphs if not with them."""
-        if self._fits_together(micros):
-            return len(micros)
-        most = bisect_left(range(1, len(micros)), True, key=lambda count: not self._fits_together(micros[:count]))
-        if most and self._fits_together(micros[:most]):
-            return most
+        count = most_that_fit(len(micros), lambda count: self._fits_together(micros[:count]))
+        if count and self._fits_together(micros[:count]):
+            return count
         # With nothing else held, one has to go: it was seen to fit by itself when it came.
         self._keep = False
         return int(self._budget.held == 0)

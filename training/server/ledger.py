@@ -41,6 +41,8 @@ class Ledger:
         self._present = frozenset(steps)
         self._shares: dict[tuple[int, int], Share] = {}
         self._last: dict[int, Share] = {}
+        # How many messages came: what is to be done next may differ only after another one, or with time.
+        self.messages = 0
         if strategy.own_sets:
             self.tracks = [Track((client,), step, now) for client, step in sorted(steps.items())]
         else:
@@ -52,6 +54,7 @@ class Ledger:
 
         Raises `BadRequest`, `WindowExceeded`.
         """
+        self.messages += 1
         share = self._open_share(client, header.step)
         if share is None or share.out:
             return
@@ -69,6 +72,7 @@ class Ledger:
 
         Raises `UnknownStep`, `BadRequest`.
         """
+        self.messages += 1
         share = self._shares.get((client, header.step)) or self._last_share(client, header.step)
         micro = share.micros.get(header.micro) if share is not None else None
         if micro is None:
@@ -92,6 +96,7 @@ class Ledger:
 
         Raises `BadRequest`, `WindowExceeded`.
         """
+        self.messages += 1
         share = self._open_share(client, header.step)
         if share is None or share.out or share.commit is not None:
             return
@@ -107,6 +112,7 @@ class Ledger:
 
     def reject(self, client: int, step: int) -> None:
         """Leave a client out of a step that it has committed with what cannot be used. Raises `BadRequest`."""
+        self.messages += 1
         share = self._open_share(client, step)
         if share is not None and share.commit is None:
             self.leave_out([share])
@@ -121,6 +127,20 @@ class Ledger:
     def under_way(self, client: int) -> int:
         """Say how many of a client's micro-batches have no answer to their backward yet."""
         return sum(micro.phase not in SETTLED for micro in self._micros() if micro.client == client)
+
+    def may_send(self, client: int) -> bool:
+        """Say whether a client's next states may come without an answer to what it sent; for own sets."""
+        track = self._track_of[client]
+        if track.met_at is not None or track.step > self._config.steps:
+            return False
+        share = self._shares.get((client, track.step))
+        if share is None:
+            return True
+        if not share.is_open:
+            return False
+        if len(share.micros) < self._config.accumulate:
+            return self.under_way(client) < self._config.max_micros
+        return all(micro.phase in SETTLED for micro in share.micros.values())
 
     def is_busy(self, client: int) -> bool:
         """Say whether a client has answers to come: it is not its own move."""
