@@ -14,6 +14,9 @@ from training.compute.flat import PIECE, FlatTensors, Layout
 from training.compute.lora import recording
 from training.job_config import JobConfig
 
+# AdamW keeps squares of gradients: beyond this one client's would overflow float32, and stay in everybody's moments.
+LARGEST_NORM = 1e18
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Contribution:
@@ -43,6 +46,11 @@ class Rule:
         known = ("tokens", "paper-sum", "median", "trimmed-mean")
         if self.kind not in known:
             raise UsageError(f"the rule of aggregation must be one of {', '.join(known)}; got {self.kind!r}")
+
+    @property
+    def is_robust(self) -> bool:
+        """Say whether no single client can move a coordinate at will."""
+        return self.kind in ("median", "trimmed-mean")
 
     @classmethod
     def of(cls, config: JobConfig) -> Rule:
@@ -87,7 +95,8 @@ class _Counted:
 
 
 def combine(contributions: Sequence[Contribution], rule: Rule) -> Combined:
-    """Make one gradient. Who contributes NaN or infinity is left out and named; who has no tokens adds nothing.
+    """Make one gradient. Who contributes NaN, infinity or, unclipped, a norm beyond `LARGEST_NORM` is left out and
+    named; who has no tokens adds nothing.
 
     Raises `UsageError` where names or shapes of the contributions differ.
     """
@@ -104,10 +113,11 @@ def _accept(
     counted: list[_Counted] = []
     clipped: list[Clipped] = []
     dropped: list[str] = []
+    largest = LARGEST_NORM if rule.max_norm is None else math.inf
     for entry in contributions:
         grads = layout.pack(entry.grads)
         norm, flat = grads.norm, grads.flat
-        if not norm < math.inf:
+        if not norm < largest:
             dropped.append(entry.client)
         elif entry.targets > 0:
             mean_norm = norm / entry.targets
@@ -122,13 +132,17 @@ def _joined(counted: Sequence[_Counted], rule: Rule) -> Tensor:
     if rule.kind == "tokens":
         return _sum([entry.flat for entry in counted]).div_(sum(entry.targets for entry in counted))
     means = [entry.mean for entry in counted]
-    if rule.kind == "paper-sum":
-        return _sum(means)
-    cut = len(means) // 2 if rule.kind == "median" else math.floor(rule.trim * len(means))
+    return _sum(means) if rule.kind == "paper-sum" else robust_mean(means, rule)
+
+
+def robust_mean(flats: Sequence[Tensor], rule: Rule) -> Tensor:
+    """Give the median or the trimmed mean of flat tensors, coordinate by coordinate."""
+    assert rule.is_robust, "the other rules weigh whole tensors"
+    cut = len(flats) // 2 if rule.kind == "median" else math.floor(rule.trim * len(flats))
     # Of an even number of values the median is the mean of the middle two, as statistics has it.
-    cut -= int(2 * cut == len(means))
+    cut -= int(2 * cut == len(flats))
     # Sorting takes several times the memory of what it sorts: a piece at a time.
-    pieces = zip(*(torch.split(mean, PIECE) for mean in means), strict=True)
+    pieces = zip(*(torch.split(flat, PIECE) for flat in flats), strict=True)
     return torch.cat([_trimmed(torch.stack(piece), cut) for piece in pieces])
 
 

@@ -121,3 +121,18 @@ def test_sets_of_other_weights_are_refused() -> None:
         average([{"w": torch.ones(1)}, {"v": torch.ones(1)}], [1, 1])
     with pytest.raises(UsageError):
         average([], [])
+
+
+def test_a_robust_average_of_sets_does_not_follow_one_of_them() -> None:
+    sets = [{"w": torch.tensor([value])} for value in (1.0, 1.2, 0.9, 1000.0)]
+    assert average(sets, [1, 1, 1, 1])["w"].item() > 200
+    assert average(sets, [1, 1, 1, 10**9], Rule("median"))["w"].item() == pytest.approx(1.1)
+    assert average(sets, [1, 1, 1, 1], Rule("trimmed-mean", trim=0.25))["w"].item() == pytest.approx(1.1)
+
+
+def test_a_gradient_too_large_for_the_moments_is_left_out_and_named() -> None:
+    ordinary = Contribution("fine", 1, 1, {"w": torch.ones(2)})
+    huge = Contribution("huge", 1, 1, {"w": torch.full((2,), 1e25)})
+    combined = combine([ordinary, huge], Rule())
+    assert combined.dropped == ("huge",)
+    assert combined.grads["w"].tolist() == [1.0, 1.0]
