@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from training.job_config import JobConfig
 from training.server.company import Company
 from training.server.ledger import Ledger, Track
-from training.server.records import SETTLED, Cohort, Micro, Phase, Share
+from training.server.records import Cohort, Micro, Phase, Share
 from training.strategy import Strategy, averages
 
 # With own sets nobody has to wait for others: a cohort's slower half goes back by itself after so many times what the
@@ -111,18 +111,23 @@ class Book:
     def _open(self, track: Track, now: float) -> None:
         """Say of which numbers the micro-batches of the step under way may go forward: nobody is missed any more."""
         active = [share for share in self._ledger.contributors_of(track) if share.is_open]
-        for number in range(self._config.accumulate):
-            arrived = [share.micros[number].arrived_at for share in active if number in share.micros]
-            if number in track.opened or not arrived:
-                continue
+        for number, first in self._arrived(active, track):
             # Clients send in order: who has sent a later one has none of this number.
-            missing = [share for share in active if not any(sent >= number for sent in share.micros)]
+            missing = [share for share in active if share.is_open and share.newest < number]
             if missing:
-                if not self._expired(max(min(arrived), track.since), now, self._config.deadline_seconds):
+                if not self._expired(max(first, track.since), now, self._config.deadline_seconds):
                     return
                 self._ledger.leave_out(missing)
-                active = [share for share in active if share.is_open]
             track.opened.add(number)
+
+    def _arrived(self, shares: Sequence[Share], track: Track) -> list[tuple[int, float]]:
+        """Give the numbers of which something waits that are not opened yet, and when the first of each came."""
+        arrived: dict[int, float] = {}
+        for share in shares:
+            for micro in self._ledger.waiting(share):
+                if micro.number not in track.opened:
+                    arrived[micro.number] = min(micro.arrived_at, arrived.get(micro.number, micro.arrived_at))
+        return sorted(arrived.items())
 
     def _next_forward(self, now: float, room: Room) -> RunForward | None:
         for ready in self._ready():
@@ -133,7 +138,7 @@ class Book:
                 taken = ready[:count]
                 for micro in taken:
                     micro.phase = Phase.RUNNING
-                self._company.leave((micro.client for micro in taken), now)
+                self._company.leave(((micro.client, micro.arrived_at) for micro in taken), now)
                 return RunForward(Cohort(tuple(taken)))
         return None
 
@@ -146,39 +151,40 @@ class Book:
         yield from filter(None, choices)
 
     def _awaits_company(self, ready: Sequence[Micro], now: float) -> bool:
-        """Say whether those with own sets wait for who went with them last time and may come at any moment."""
+        """Say whether those with own sets wait for others who are about to send their states."""
         if not self._strategy.own_sets:
             return False
-        missing = self._company.missing(micro.client for micro in ready)
-        if not any(self._ledger.may_send(client) for client in missing):
-            return False
-        return not self._expired(min(micro.arrived_at for micro in ready), now, self._company.patience)
+        there = {micro.client for micro in ready}
+        clients = {client for track in self._ledger.tracks for client in track.clients}
+        missing = [client for client in sorted(clients - there) if self._ledger.may_send(client)]
+        until = self._company.wait_until(min(micro.arrived_at for micro in ready), missing)
+        return until is not None and not self._expired(until, now, 0.0)
 
     def _ready_together(self, track: Track) -> list[Micro]:
         shares = [share for share in self._ledger.contributors_of(track) if share.is_open]
-        for number in sorted(track.opened):
-            micros = [share.micros[number] for share in shares if number in share.micros]
-            ready = [micro for micro in micros if micro.phase is Phase.WAITING]
-            if ready:
-                return ready
-        return []
+        waiting = [micro for share in shares for micro in self._ledger.waiting(share) if micro.number in track.opened]
+        first = min((micro.number for micro in waiting), default=None)
+        return [micro for micro in waiting if micro.number == first]
 
     def _ready_alone(self) -> list[Micro]:
         ready = []
         for track in self._ledger.tracks:
             for share in self._ledger.contributors_of(track) if track.met_at is None else []:
-                waiting = [micro for micro in share.micros.values() if micro.phase is Phase.WAITING]
-                ready += sorted(waiting, key=lambda micro: micro.number)[:1]
+                ready += sorted(self._ledger.waiting(share), key=lambda micro: micro.number)[:1]
         return ready
 
     def ran(self, cohort: Cohort, now: float) -> None:
         """Note that a cohort went forward. Members that failed were settled by the caller."""
         cohort.answered_at = now
-        self._company.arrive(now)
+        self._company.arrive((micro.client for micro in cohort.members), now)
         for micro in cohort.members:
             if micro.phase is Phase.RUNNING:
                 micro.phase = Phase.ANSWERED
         self._cohorts.append(cohort)
+
+    def went_back(self, cohort: Cohort, now: float) -> None:
+        """Note that a cohort's gradients were taken back."""
+        self._company.answer((micro.client for micro in cohort.members), now)
 
     def _next_back(self, now: float) -> GoBack | None:
         for cohort in list(self._cohorts):
@@ -194,8 +200,8 @@ class Book:
         """Say whether a cohort waits for this member: its gradient, or that earlier ones of its step go first."""
         if micro.phase is not Phase.RETURNED:
             return micro.phase is Phase.ANSWERED
-        earlier = self._ledger.share(micro.client, micro.step).micros
-        return any(number < micro.number and other.phase not in SETTLED for number, other in earlier.items())
+        share = self._ledger.share(micro.client, micro.step)
+        return any(other.number < micro.number for other in self._ledger.unsettled(share))
 
     def _is_late(self, cohort: Cohort, late: list[Micro], returned: list[Micro], now: float) -> bool:
         """Say whether a cohort goes back without some: left out of a joint step, or to go back by themselves."""
@@ -224,7 +230,7 @@ class Book:
             shares = self._ledger.contributors_of(track)
             complete = [share for share in shares if share.commit is not None and not share.out]
             missing = [share for share in shares if share.is_open]
-            if not shares or (not complete and missing) or not all(share.is_settled for share in complete):
+            if not shares or (not complete and missing) or not all(map(self._ledger.is_settled, complete)):
                 continue
             if averages(self._config, self._strategy, track.step):
                 track.met_at = complete[0].committed_at if complete else now

@@ -168,6 +168,7 @@ class Course:
             self.ledger.forget_answers(micro)
         for micro, failure in results.failures.items():
             self._void(micro, micro.back_seq, failure)
+        self.book.went_back(cohort, self._terms.clock.now())
 
     def _answer(self, micro: Micro, kind: Kind, seq: int, codec: Codec, rows: bytes) -> Message | None:
         member = self._terms.members.get(micro.client)
@@ -260,11 +261,12 @@ class Course:
             if share.client in stepped.skipped:
                 self._skip(share.client)
             elif share.commit is not None:
-                tally.tokens += share.targets
-                tally.samples += share.commit.samples
-                tally.member(share.client).samples += share.commit.samples
-                meters.tokens.inc(share.targets)
-                meters.samples.inc(share.commit.samples)
+                targets, samples = share.targets, share.samples
+                tally.tokens += targets
+                tally.samples += samples
+                tally.member(share.client).samples += samples
+                meters.tokens.inc(targets)
+                meters.samples.inc(samples)
         for client in stepped.clipped:
             tally.member(client).clipped += 1
             meters.clipped.inc()

@@ -161,7 +161,8 @@ class WeightSets:
         shares = [float(self._samples.get(offer.client, 0)) for offer in joined]
         if joined:
             weights = [self._all.joined(self._values(offer.client), self._end_tensors(offer)) for offer in joined]
-            self._average = average(weights, shares if any(shares) else [1.0] * len(shares))
+            shares = shares if any(shares) else [1.0] * len(shares)
+            self._average = average(weights, shares, Rule.of(self._config))
             for optimizer in self._sets.values():
                 optimizer.replace(self._average.head(self._trunk))
             self._samples.clear()

@@ -60,6 +60,7 @@ class Desk:
                 for micro in cohort.members:
                     if micro.phase is Phase.RETURNED:
                         micro.settle(Phase.DONE)
+                self.book.went_back(cohort, self.now)
             case CloseStep():
                 self.book.close(work, self.now)
             case Meet():
