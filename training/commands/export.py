@@ -36,9 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Export; says on stderr what was written."""
     from split_llama.checkpoint import read_config
-    from split_llama.config import Partition
     from split_llama.hub import DEMO
-    from training.export import adapted_blocks, merge_parts, write_merged
+    from training.export import merge_parts, write_merged
 
     parts = _gather(arguments)
     model = arguments.model or parts.base_model
@@ -46,20 +45,29 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("which model were the adapters trained on? Give --model FOLDER|ORG/NAME|demo")
     folder = _model_folder(model, named=arguments.model is not None)
     config = read_config(folder)[1]
-    segments = arguments.segments.replace(" ", "").split(",") if arguments.segments else parts.segments
-    partition = arguments.partition or parts.partition
-    if set(segments) == {"A", "B", "C"}:
-        blocks: Sequence[int] = range(config.num_hidden_layers)
-    elif partition:
-        blocks = adapted_blocks(config.num_hidden_layers, Partition.parse(partition), segments)
-    else:
-        raise UsageError("which blocks are those of --segments? Give --partition P,Q too")
-    adapter = merge_parts(parts.parts, config, blocks)
+    adapter = merge_parts(parts.parts, config, _blocks(arguments, parts, config.num_hidden_layers))
     # A name that only this project knows would be of no use to others who read the folder.
     write_merged(arguments.out, adapter, str(folder) if model == DEMO else model, force=arguments.force)
     sources = ", ".join(part.source for part in parts.parts)
-    sys.stderr.write(f"{arguments.out}: {len(adapter.tensors)} tensors of rank {adapter.lora.r}, from {sources}\n")
+    sys.stderr.write(
+        f"{arguments.out}: {len(adapter.tensors)} tensors of rank {adapter.lora.r}, from {sources}; "
+        f"its base model is {folder}\n"
+    )
     return 0
+
+
+def _blocks(arguments: argparse.Namespace, parts: Parts, count: int) -> Sequence[int]:
+    """Give the blocks that have adapters, of a model with `count`."""
+    from split_llama.config import Partition
+    from training.export import adapted_blocks
+
+    segments = arguments.segments.replace(" ", "").split(",") if arguments.segments else parts.segments
+    partition = arguments.partition or parts.partition
+    if set(segments) == {"A", "B", "C"}:
+        return range(count)
+    if not partition:
+        raise UsageError("which blocks are those of --segments? Give --partition P,Q too")
+    return adapted_blocks(count, Partition.parse(partition), segments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ from training.evaluate.feeds import Feeds, Likelihood, first_target
 from training.tasks.examples import Sample
 
 T = TypeVar("T")
+
+# Who logs while PEFT looks for what it may use.
+_NOISY = ("torchao", "torch.utils._pytree")
 
 
 class CentralModel:
@@ -151,8 +155,22 @@ def _pieces(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 @contextmanager
 def _peft_quiet() -> Iterator[None]:
-    """Hide the deprecations that PEFT and transformers report of each other: no user can do anything about them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
+    """Hide what PEFT, transformers and torchao report of each other: no user can do anything about it."""
+    from transformers.utils import logging as transformers_logging
+
+    loggers = {name: logging.getLogger(name) for name in _NOISY}
+    levels = {name: logger.level for name, logger in loggers.items()}
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    for logger in loggers.values():
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for name, level in levels.items():
+            loggers[name].setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
