@@ -176,7 +176,9 @@ class Book:
     def ran(self, cohort: Cohort, now: float) -> None:
         """Note that a cohort went forward. Members that failed were settled by the caller."""
         cohort.answered_at = now
-        self._company.arrive((micro.client for micro in cohort.members), now)
+        self._company.arrive(
+            (micro.client for micro in cohort.members), sum(micro.count for micro in cohort.members), now
+        )
         for micro in cohort.members:
             if micro.phase is Phase.RUNNING:
                 micro.phase = Phase.ANSWERED

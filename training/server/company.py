@@ -1,30 +1,63 @@
 """Where each client has a weight set of its own: for whom a pass waits a moment, and what waiting is worth. Pure.
 
-A pass for one client more costs its rows; a pass of its own costs the fixed part once more, often most of it. Left to
-themselves, clients whose turns do not coincide never would: each finds the machine busy with another one.
+What a pass takes is a fixed part and a part by its rows. Two clients in one pass instead of two save the fixed part, so
+it is worth waiting for the second one for some of it. Left to themselves, clients whose turns do not coincide never
+would: each finds the machine busy with another one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-# The machine stands idle for this part of a pass at most, in the hope of taking more clients along.
-WORTH = 0.25
-# How much the newest time counts in what a client takes.
+# The machine stands idle for this part of what is saved at most, in the hope of taking more clients along.
+WORTH = 0.5
+# How much the newest time counts in what a client takes, and the newest pass in what passes take.
 NEWEST = 0.5
+NEWEST_PASS = 0.1
+
+
+class PassCost:
+    """Learns the fixed part of a pass: a straight line through what passes of different sizes took, least squares."""
+
+    def __init__(self) -> None:
+        self._weight = 0.0
+        self._rows = self._seconds = 0.0
+        self._spread = self._together = 0.0
+
+    def add(self, rows: int, seconds: float) -> None:
+        """Take in a pass."""
+        self._weight += NEWEST_PASS * (1 - self._weight)
+        newest = NEWEST_PASS / self._weight
+        rows_off, seconds_off = rows - self._rows, seconds - self._seconds
+        self._rows += newest * rows_off
+        self._seconds += newest * seconds_off
+        self._spread = (1 - newest) * (self._spread + newest * rows_off**2)
+        self._together = (1 - newest) * (self._together + newest * rows_off * seconds_off)
+
+    @property
+    def fixed(self) -> float:
+        """Seconds that a pass takes whatever its rows; as long as all were of one size, all of it may be that."""
+        if self._spread <= 1e-6 * self._rows**2:
+            return self._seconds
+        return min(self._seconds, max(0.0, self._seconds - self._together / self._spread * self._rows))
 
 
 class Company:
-    """Learns how long each client takes from an answer to its next states, and how long a pass takes."""
+    """Learns how long each client takes from an answer to its next states, and what a pass costs."""
 
     def __init__(self) -> None:
+        self._cost = PassCost()
         self._answered_at: dict[int, float] = {}
         self._takes: dict[int, float] = {}
         self._left_at = 0.0
-        self._took = 0.0
         self._free_at = 0.0
         # Once somebody waits it is settled until when, whatever comes in between.
         self._until: float | None = None
+
+    @property
+    def patience(self) -> float:
+        """How many seconds waiting is worth."""
+        return WORTH * self._cost.fixed
 
     def leave(self, arrivals: Iterable[tuple[int, float]], now: float) -> None:
         """Note that clients' rows, which came when `arrivals` says, go forward together."""
@@ -34,9 +67,9 @@ class Company:
                 self._takes[client] = took + (1 - NEWEST) * (self._takes.get(client, took) - took)
         self._left_at, self._until = now, None
 
-    def arrive(self, clients: Iterable[int], now: float) -> None:
-        """Note that they are through, and answered."""
-        self._took = now - self._left_at
+    def arrive(self, clients: Iterable[int], rows: int, now: float) -> None:
+        """Note that they are through, with so many rows, and answered."""
+        self._cost.add(rows, now - self._left_at)
         self.answer(clients, now)
 
     def answer(self, clients: Iterable[int], now: float) -> None:
@@ -51,7 +84,7 @@ class Company:
         """
         until = self._until
         if until is None:
-            until = max(first, self._free_at) + WORTH * self._took
+            until = max(first, self._free_at) + self.patience
         known = [client for client in missing if client in self._answered_at]
         if not any(self._answered_at[client] + self._takes.get(client, 0.0) <= until for client in known):
             return None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.training.server.test_book import Desk, clients
 from training.server.book import CloseStep, GoBack, RunForward, Work
-from training.server.company import WORTH
+from training.server.company import WORTH, PassCost
 from training.server.records import Micro, Phase
 
 OWN: dict[str, Any] = {"strategy": "server-hierarchical", "average_every": 100, "steps": 100, "deadline_seconds": None}
@@ -69,7 +69,7 @@ def test_who_waits_at_the_meeting_is_not_expected() -> None:
     together(desk, [0, 1, 2], took=8.0)
     for client in (0, 1):
         desk.forward(client, 2)
-    desk.now += 2.0
+    desk.now += WORTH * 8.0
     assert clients(desk.do()) == [0, 1]
     back(desk, [0, 1], 2, closes=False)
     desk.forward(2, 2)
@@ -121,6 +121,22 @@ def test_clients_that_found_the_machine_in_turns_come_together() -> None:
     assert machine.passes[4:] == [[0, 1]] * 8
 
 
+@pytest.mark.parametrize(("fixed", "each"), [(0.17, 0.0), (0.0, 0.02), (0.1, 0.01)])
+def test_the_fixed_part_of_a_pass_is_learned_from_passes_of_different_sizes(fixed: float, each: float) -> None:
+    cost = PassCost()
+    for members in (1, 2, 1, 3, 4, 2, 8, 1) * 3:
+        cost.add(64 * members, fixed + each * members)
+    assert cost.fixed == pytest.approx(fixed, abs=1e-6)
+
+
+def test_where_a_pass_costs_its_rows_and_no_more_nobody_waits_for_long() -> None:
+    machine = Machine(3, 0.0, 4.0, lambda client: 1.0 + client)
+    machine.run(40)
+    before = machine.all_idled
+    machine.run(80)
+    assert machine.all_idled - before < 0.05 * 40 * 4.0
+
+
 def go(desk: Desk, *, took: float) -> list[int]:
     """Take what is ready through one pass of so many seconds."""
     work = desk.next()
@@ -164,7 +180,7 @@ class Machine:
         self.passes: list[list[int]] = []
         self.took = 0.0
         self.idled = 0.0
-        self.free_at = 0.0
+        self.free_at = self.longest = self.all_idled = 0.0
         for client in range(count):
             self.after(client, "forward")
 
@@ -209,7 +225,8 @@ class Machine:
         arrived = [micro.arrived_at for micro in self.waiting()]
         if arrived:
             self.idled += until - self.desk.now
-            assert until <= max(min(arrived), self.free_at) + WORTH * self.took + 1e-9
+            self.all_idled += until - self.desk.now
+            assert until <= max(min(arrived), self.free_at) + WORTH * self.longest + 1e-9
         self.desk.now = until
 
     def waiting(self) -> list[Micro]:
@@ -221,9 +238,10 @@ class Machine:
         match work:
             case RunForward(cohort):
                 # The machine stood idle for no longer than it is worth while somebody was there.
-                assert self.idled <= WORTH * self.took + 1e-9
+                assert self.idled <= WORTH * self.longest + 1e-9
                 self.passes.append([micro.client for micro in cohort.members])
                 self.took = self.fixed + self.each * len(cohort.members)
+                self.longest = max(self.longest, self.took)
                 self.idled = 0.0
                 desk.now += self.took
                 desk.book.ran(cohort, desk.now)
