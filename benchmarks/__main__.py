@@ -1,4 +1,4 @@
-"""Run every benchmark one after the other: `make bench`, or `python -m benchmarks`. Takes about half an hour."""
+"""Run every benchmark one after the other: `make bench`, or `python -m benchmarks`. Takes about an hour."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ def commands() -> list[list[str]]:
         ["recover_tokens", *models],
         ["speculation", *models],
         ["links", "--models", *models],
+        *([["training_bytes"]] if (data / "multirc").is_dir() else []),
+        ["training_memory"],
+        ["training_speed"],
+        ["training_beside_chat"],
+        ["training_quality", "learning", "codecs", *(["noise", "multirc"] if (data / "multirc").is_dir() else [])],
     ]
 
 

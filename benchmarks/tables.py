@@ -1,4 +1,4 @@
-"""Print the recorded results as Markdown tables, as `docs/performance.md` and `docs/privacy.md` show them.
+"""Print the recorded results as Markdown tables, as the pages in `docs/` show them.
 
 python -m benchmarks.tables [NAME ...]
 """
@@ -7,17 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.common import RESULTS
-
-
-def markdown(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """Lay rows out as a table."""
-    head = list(head)
-    lines = [head, ["---"] * len(head), *([str(cell) for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+from benchmarks.training_quality_tables import QUALITY_TABLES
+from benchmarks.training_tables import TRAINING_TABLES, markdown
 
 
 def split_decode(result: Mapping[str, Any]) -> str:
@@ -241,9 +236,17 @@ def speculation_offline(result: Mapping[str, Any]) -> str:
     return markdown(["text", "drafter", *shapes], body)
 
 
+PARTS_OF = ("links", "speculation", "training_speed", "training_memory", "training_beside_chat", "training_quality")
+
+
+def _record_name(function: str) -> str:
+    """A record of a part is named BENCHMARK-PART."""
+    benchmark = next((name for name in PARTS_OF if function.startswith(f"{name}_")), None)
+    return function if benchmark is None else f"{benchmark}-{function.removeprefix(f'{benchmark}_')}"
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    # A record of a part is named BENCHMARK-PART.
-    function.__name__.replace("links_", "links-").replace("speculation_", "speculation-"): function
+    _record_name(function.__name__): function
     for function in (
         split_decode,
         edge_share,
@@ -259,6 +262,8 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
         links_prefill,
         links_parallel,
         speculation_offline,
+        *TRAINING_TABLES,
+        *QUALITY_TABLES,
     )
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -12,13 +12,15 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "benchmarks" / "results"
-COLOURS = ("#333333", "#9db8d9", "#5a8abf", "#24527f", "#d9b38c", "#b3733a")
+COLOURS = ("#333333", "#d08c3f", "#5a8abf", "#7b4fa3")
 STYLE = (
     "text{font-family:system-ui,sans-serif;fill:#333;font-size:12px}.title{font-size:15px;font-weight:600}"
     ".name{font-size:13px;font-weight:600}.grid{stroke:#e3e7eb}.axis{fill:#667}"
 )
 WIDTH, PANEL, HEIGHT, LEFT, TOP = 760, 310, 190, 56, 84
-SMOOTH = 10
+SMOOTH, DOTTED = 10, 12
+STEEP = (0.001, 0.01, 0.1, 1, 10)
+ORDER = ("centralized", "sequential", "client-batch", "server-hierarchical", "p = 1", "p = 2", "p = 3")
 
 Row = Mapping[str, Any]
 
@@ -33,8 +35,8 @@ class Panel:
     ticks: Mapping[float, str]
     log: bool = False
 
-    def draw(self, left: float, top: float) -> str:
-        """Give the panel with its upper left corner there."""
+    def draw(self, left: float, top: float, colours: Mapping[str, str]) -> str:
+        """Give the panel with its upper left corner there; `colours` are those of the lines."""
         heights = list(map(self._height, self.ticks))
         low, high = min(heights), max(heights)
         first, last = min(self.marks), max(self.marks)
@@ -52,29 +54,30 @@ class Panel:
         for value, label in self.marks.items():
             x = at(value, min(self.ticks))[0]
             parts.append(f'<text x="{x:.1f}" y="{top + HEIGHT + 18}" class="axis" text-anchor="middle">{label}</text>')
-        return "".join([*parts, *(self._line(at, index) for index in range(len(self.lines)))])
+        return "".join([*parts, *(_line([at(*p) for p in line], colours[name]) for name, line in self.lines.items())])
 
     def _height(self, value: float) -> float:
         return math.log(max(value, min(self.ticks))) if self.log else value
 
-    def _line(self, at: Callable[[float, float], tuple[float, float]], index: int) -> str:
-        points = [at(*point) for point in list(self.lines.values())[index]]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        colour = COLOURS[index]
-        dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" fill="{colour}"/>' for x, y in points)
-        line = f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>'
-        return line + (dots if len(points) < 12 else "")
+
+def _line(points: Sequence[tuple[float, float]], colour: str) -> str:
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" fill="{colour}"/>' for x, y in points)
+    line = f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>'
+    return line + (dots if len(points) < DOTTED else "")
 
 
 def picture(title: str, panels: Sequence[Panel]) -> str:
-    """Put panels into one SVG, two beside each other; the first one's names make the key."""
+    """Put panels into one SVG, two beside each other, with one key for all."""
+    names = sorted(dict.fromkeys(name for panel in panels for name in panel.lines), key=ORDER.index)
+    colours = dict(zip(names, COLOURS, strict=False))
     keys = []
-    for index, name in enumerate(panels[0].lines):
-        x = LEFT + index * (WIDTH - LEFT) / max(4, len(panels[0].lines))
-        keys.append(f'<rect x="{x:.0f}" y="38" width="12" height="12" rx="2" fill="{COLOURS[index]}"/>')
+    for index, name in enumerate(names):
+        x = LEFT + index * (WIDTH - LEFT) / max(4, len(names))
+        keys.append(f'<rect x="{x:.0f}" y="38" width="12" height="12" rx="2" fill="{colours[name]}"/>')
         keys.append(f'<text x="{x + 18:.0f}" y="48">{name}</text>')
     drawn = [
-        panel.draw(LEFT + (index % 2) * (PANEL + 70), TOP + index // 2 * (HEIGHT + 64))
+        panel.draw(LEFT + (index % 2) * (PANEL + 70), TOP + index // 2 * (HEIGHT + 64), colours)
         for index, panel in enumerate(panels)
     ]
     height = TOP + -(-len(panels) // 2) * (HEIGHT + 64) - 28
@@ -122,41 +125,42 @@ def by_noise(title: str, found: Sequence[Row], figure: str, ticks: Sequence[floa
     return Panel(title, lines, marks, {tick: f"{tick:g}" for tick in ticks}, log)
 
 
+def learning_curves(found: Sequence[Row], deal: str, clients: int) -> Panel:
+    """The demo task, dealt out in one way, beside centralized training."""
+    wanted = (("iid", 1, "A,B,C", 0), (deal, clients, "A,B,C", 0))
+    some = [row for row in found if tuple(row["setup"][k] for k in ("deal", "clients", "shared", "seed")) in wanted]
+    name = "iid" if deal == "iid" else "two shards by label each"
+    return curves(f"{clients} clients, {name}", some, STEEP, log=True)
+
+
 def draw() -> dict[str, str]:
     """Give all pictures by file name."""
-    learned = [row for row in rows("learning") if row["setup"]["clients"] in (1, 4) and row["setup"]["seed"] == 0]
-    learned = [row for row in learned if row["setup"]["shared"] == "A,B,C"]
-    iid = [row for row in learned if row["setup"]["deal"] == "iid"]
-    uneven = [row for row in learned if row["setup"]["deal"] != "iid" or row["setup"]["clients"] == 1]
-    read = rows("multirc")
+    learned, read, noised = rows("learning"), rows("multirc"), rows("noise")
     verdicts, passages = ([row for row in read if row["setup"]["task"] == task] for task in ("multirc", "passages"))
-    noised = rows("noise")
-    demo, texts = ([row for row in noised if row["setup"]["task"] == task] for task in ("demo", "passages"))
-    steep = (0.001, 0.01, 0.1, 1, 10)
+    read_panels = [curves("yes or no, demo model", verdicts, (0.1, 1, 10), log=True)]
+    if passages:
+        read_panels.append(curves("passages, stories260K", passages, (3, 3.5, 4, 4.5), log=False))
     return {
         "training_learning.svg": picture(
-            "Loss by samples seen, demo task, 4 clients",
-            [
-                curves("dealt out iid", iid, steep, log=True),
-                curves("two shards each", uneven, steep, log=True),
-            ],
+            "Loss by samples seen, demo task",
+            [learning_curves(learned, "iid", 4), learning_curves(learned, "shards:2", 8)],
         ),
-        "training_multirc.svg": picture(
-            "Loss by samples seen, MultiRC, stories260K, 4 clients",
-            [
-                curves("yes or no", verdicts, (0.01, 0.1, 1, 10), log=True),
-                curves("the passages, every token", passages, (3, 3.5, 4, 4.5, 5, 5.5), log=False),
-            ],
-        ),
+        "training_multirc.svg": picture("Loss by samples seen, MultiRC, 4 clients", read_panels),
         "training_noise.svg": picture(
             "Held-out scores by mean absolute noise, in training and in scoring",
-            [
-                by_noise("demo task: share of right answers", demo, "accuracy", (0, 0.25, 0.5, 0.75, 1)),
-                by_noise("demo task: loss", demo, "loss", steep, log=True),
-                by_noise("MultiRC passages, stories260K: loss", texts, "loss", (3, 3.5, 4, 4.5, 5)),
-            ],
+            [panel for panel in noise_panels(noised) if len(panel.marks) > 1],
         ),
     }
+
+
+def noise_panels(found: Sequence[Row]) -> list[Panel]:
+    """The noise axis on both tasks, as far as it was measured."""
+    demo, texts = ([row for row in found if row["setup"]["task"] == task] for task in ("demo", "passages"))
+    return [
+        by_noise("demo task: share of right answers", demo, "accuracy", (0, 0.25, 0.5, 0.75, 1)),
+        by_noise("demo task: loss", demo, "loss", STEEP, log=True),
+        by_noise("MultiRC passages, stories260K: loss", texts, "loss", (3.1, 3.2, 3.3, 3.4, 3.5)),
+    ]
 
 
 if __name__ == "__main__":
