@@ -7,12 +7,12 @@ ERROR frames; only a `ConnectionRefused` leaves `receive`.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from serving.admission import hello as hello_reply
 from serving.core import Core
 from serving.keys import Principal
+from serving.outbox import Outbox
 from serving.registry import Entry
 from serving.session import Phase
 from split_llama.errors import (
@@ -22,7 +22,6 @@ from split_llama.errors import (
     FlLlamaError,
     FrameTooLarge,
     ModelMismatch,
-    SlowReader,
     Unauthenticated,
     UnknownSession,
     UnsupportedVersion,
@@ -37,55 +36,6 @@ FRAMES_PER_TURN = 64
 _NUMBERED = (Kind.STEP, Kind.FORWARD, Kind.BACKWARD)
 
 
-class Outbox:
-    """Frames waiting to be sent; above `max_bytes` the reader counts as too slow."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._frames: deque[tuple[bytes, bytes | memoryview]] = deque()
-        self._wake = asyncio.Event()
-        self._finishing = False
-        self.size = 0
-
-    def put(self, frame: Frame, handle: int | None = None) -> None:
-        """Queue a frame, under another handle if one is given.
-
-        Beyond the limit it is dropped: the connection is lost anyway and will be told why.
-        """
-        self.size += frame.size
-        if self.size <= self._max_bytes:
-            self._frames.append((frame.header(handle), frame.payload))
-        self._wake.set()
-
-    def finish(self) -> None:
-        """Say that nothing more will come: `wait` says no once all is taken."""
-        self._finishing = True
-        self._wake.set()
-
-    async def wait(self) -> bool:
-        """Wait until there is something to send; says no when there never will be."""
-        await self._wake.wait()
-        return bool(self._frames) or not self._finishing
-
-    def take(self, max_message_bytes: int) -> bytes:
-        """Give what is queued as one message, or as much of it as fits; empty if nothing is. Raises `SlowReader`."""
-        if self.size > self._max_bytes:
-            raise SlowReader(f"{self.size} bytes of replies wait unread, {self._max_bytes} may; read while you send")
-        taken: list[bytes | memoryview] = []
-        room = max_message_bytes
-        while self._frames:
-            header, payload = self._frames[0]
-            room -= len(header) + len(payload)
-            if room < 0 and taken:
-                break
-            taken += self._frames.popleft()
-        if not self._frames and not self._finishing:
-            self._wake.clear()
-        message = b"".join(taken)
-        self.size -= len(message)
-        return message
-
-
 class _Seat:
     """Where an extension's client sits: it hears nothing any more once it has left or its connection is gone."""
 
@@ -95,10 +45,14 @@ class _Seat:
         self._connection: Connection | None = connection
         self._handle = handle
 
-    def send(self, frame: Frame) -> None:
-        """Queue a frame for the client."""
-        if self._connection is not None:
-            self._connection.put(frame, self._handle)
+    def send(self, frames: Frame | Iterator[Frame]) -> None:
+        """Queue a frame for the client, or those of a long message, which are asked for as they are sent."""
+        if self._connection is None:
+            return
+        if isinstance(frames, Frame):
+            self._connection.put(frames, self._handle)
+        else:
+            self._connection.put_long(frames, self._handle)
 
     def leave(self) -> None:
         """The client closed its handle."""
@@ -135,6 +89,11 @@ class Connection:
         self.outbox.put(frame, handle)
         self._changed.set()
 
+    def put_long(self, frames: Iterator[Frame], handle: int) -> None:
+        """Queue a long message of an extension for the edge."""
+        self.outbox.put_long(frames, handle)
+        self._changed.set()
+
     def unbind(self, handle: int) -> None:
         """Forget a handle."""
         self._entries.pop(handle, None)
@@ -142,7 +101,9 @@ class Connection:
 
     @property
     def is_busy(self) -> bool:
-        """Say whether answers are still to come."""
+        """Say whether answers are still to come, or wait to be fetched."""
+        if not self.outbox.is_empty:
+            return True
         guests_are = any(seat.guest.is_busy for seat in self._seats.values())
         return guests_are or any(_is_pending(entry) for entry in self._entries.values())
 
@@ -163,7 +124,8 @@ class Connection:
             entry.unbind(now)
         self._entries.clear()
         seats, self._seats = self._seats, {}
-        for seat in seats.values():
+        for handle, seat in seats.items():
+            self.outbox.drop(handle)
             seat.detach()
 
     async def receive(self, message: bytes) -> set[int]:
@@ -266,6 +228,8 @@ class Connection:
             seat.guest.receive(frame)
             return
         del self._seats[frame.handle]
+        # Whoever left is not told the rest; the handle may be another's next.
+        self.outbox.drop(frame.handle)
         seat.leave()
         self.put(Frame(Kind.CLOSE, handle=frame.handle))
 

@@ -36,6 +36,8 @@ CLOSE_SECONDS = 3.0
 GOING_AWAY = 1001  # RFC 6455, section 7.4.1
 # How long a POST is held back: while it is, its client sends nothing, and its other sessions wait.
 POST_SECONDS = 1.0
+# An answer to POST ends after so many bytes: putting it together keeps the event loop.
+POST_BYTES = 4 * 2**20
 IDLE_POST_SECONDS = 60.0
 CONNECTION_HEADER = "X-FL-Connection"
 PENDING_HEADER = "X-FL-Pending"
@@ -257,5 +259,8 @@ async def _wait_for_answers(connection: Connection, handles: set[int]) -> None:
 
 
 def _drain(connection: Connection, limit: int) -> Iterator[bytes]:
-    while message := connection.outbox.take(limit):
+    """Give what waits, as much of it as one answer may hold; what is left is fetched with the next."""
+    room = POST_BYTES
+    while room > 0 and (message := connection.outbox.take(limit)):
+        room -= len(message)
         yield message

@@ -6,7 +6,7 @@ server runs split fine-tuning without knowing it, and fine-tuning knows the serv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -21,8 +21,13 @@ ENTRY_POINTS = "fl_llama.extensions"
 
 T = TypeVar("T")
 
-Send = Callable[[Frame], None]
-"""Queues a frame for a client; the handle is filled in. Never blocks, never raises, and does nothing once it left."""
+Send = Callable[[Frame | Iterator[Frame]], None]
+"""Queues a frame for a client, or the frames of a long message; the handle is filled in, the order stays.
+
+Never blocks, never raises, and does nothing once the client left. Frames of an iterator are asked for as they are sent,
+so nothing of a long message is copied before; they are no backlog of a slow reader, whoever gives them bounds them. An
+iterator that raises a `ConnectionRefused` ends the connection.
+"""
 
 
 class Guest(Protocol):

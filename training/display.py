@@ -73,7 +73,7 @@ class Display:
         self._is_terminal = sys.stderr.isatty()
         self._bars: dict[str, Any] = {}
         self._shown = time.monotonic()
-        self._began = time.monotonic()
+        self._said: dict[str, StepRecord] = {}
 
     def __enter__(self) -> Display:
         if self._is_terminal:
@@ -114,7 +114,8 @@ class Display:
                 bar = self._bars[name]
                 bar.n = newest.step
                 bar.set_postfix_str(words, refresh=True)
-            elif due:
+            elif due and self._said.get(name) is not newest:
+                self._said[name] = newest
                 self.say(f"{name}: step {newest.step} of {self._steps}, {words}")
         if due:
             self._shown = time.monotonic()

@@ -18,6 +18,10 @@ from split_llama.lora import LoraConfig
 from split_llama.settings import nearest
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
+# As many sequences as the header of FORWARD may list.
+Batch = Annotated[int, Field(ge=1, le=4096)]
+# Micro-batches of all clients together that may be under way.
+MAX_UNDER_WAY = 4096
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, strict=False)]
@@ -75,7 +79,7 @@ class JobConfig(_Part):
     partition: str = "1,1"
     shared: Literal["B", "A,B,C"] = "B"
     steps: Count = 100
-    batch_size: Count = 8
+    batch_size: Batch = 8
     accumulate: Annotated[int, Field(ge=1, lt=2**16)] = 1
     max_length: Count = 512
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -114,6 +118,8 @@ class JobConfig(_Part):
             raise ValueError(error.message) from None
         if not self.lora.segments:
             raise ValueError("lora.segments names no segment: nothing would be trained")
+        if self.clients * self.max_micros > MAX_UNDER_WAY:
+            raise ValueError(f"clients x max_micros may be {MAX_UNDER_WAY}; use a smaller max_micros")
         if self.weighting == "paper-sum" and self.aggregation != "mean":
             raise ValueError("weighting paper-sum goes with aggregation mean only")
         return self

@@ -9,10 +9,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from edge_client.state_files import cache_errors, write_atomically
+from split_llama.json_file import read_json
 from split_llama.lora import adapter_bytes
 from training.client.jobs import JobsClient
-from training.client.report import size
-from training.display import Display
+from training.client.report import StepRecord, size
+from training.display import Display, Followed
+from training.run_file import RunFile
 from training.site import SHARED_FILE, SUMMARY_FILE, Site
 
 DONE = "done"
@@ -40,13 +42,21 @@ def finish(site: Site, display: Display | None, seconds: float) -> dict[str, Any
     return summary
 
 
+def finished(file: RunFile) -> dict[str, Any] | None:
+    """Give the summary of a run that was done in the file's folder; `None` where it was not. Raises `UsageError`."""
+    path = file.out / SUMMARY_FILE
+    summary = read_json(path) if path.is_file() else {}
+    return summary if summary.get("state") == DONE and isinstance(summary.get("seconds"), int | float) else None
+
+
 def _totals(display: Display) -> dict[str, Any]:
-    """Add up what the clients' logs say."""
-    newest = [followed.records[-1] for followed in display.followed.values() if followed.records]
-    every = [record for followed in display.followed.values() for record in followed.records]
+    """Add up what the clients' logs say, of all the processes that wrote them."""
+    logs = {name: Followed(name, followed.path).read()[0] for name, followed in display.followed.items()}
+    newest = [record for records in logs.values() for record in _last_of_each_process(records)]
+    every = [record for records in logs.values() for record in records]
     by_step: dict[int, dict[str, float]] = {}
-    for name, followed in display.followed.items():
-        for record in followed.records:
+    for name, records in logs.items():
+        for record in records:
             if record.job_loss is not None:
                 # Where each has a loss of its own, the mean; a step that was done again counts as it was last.
                 by_step.setdefault(record.step, {})[name] = record.job_loss
@@ -62,6 +72,12 @@ def _totals(display: Display) -> dict[str, Any]:
     }
 
 
+def _last_of_each_process(records: Sequence[StepRecord]) -> list[StepRecord]:
+    """Give the records with the totals: where they fall, another process began."""
+    nexts = [*records[1:], None]
+    return [now for now, then in zip(records, nexts, strict=True) if then is None or then.bytes_up < now.bytes_up]
+
+
 def _mean(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
 
@@ -71,7 +87,7 @@ def what_next(site: Site, summary: dict[str, Any]) -> Iterator[str]:
     out, data, model = site.file.out, site.file.data, shlex.quote(site.model)
     first, last = summary.get("loss_first"), summary.get("loss_last")
     losses = f", loss {first:.3f} -> {last:.3f}" if first is not None and last is not None else ""
-    traffic = f"{size(summary['bytes_up'])} up, {size(summary['bytes_down'])} down"
+    traffic = f"{size(summary.get('bytes_up', 0))} up, {size(summary.get('bytes_down', 0))} down"
     yield f"{summary['state']}: {summary['steps']} steps in {summary['seconds']:.0f} s{losses}, {traffic}"
     merged = out / "merged"
     owner = "" if site.file.job.shares_all else f" --client {site.client_name(0)}"

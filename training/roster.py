@@ -1,8 +1,10 @@
 """Who takes part in a job, who is missed, and when and where everybody (re)starts. Pure: times come from the caller.
 
 Everybody goes on from one common state. Who only lost the connection still has it; who was killed has its checkpoints,
-and all go back to the newest step that each of them can restore. Step 0, from which all began, anybody can. A client
-that was given up did not take part in what came since, so it is asked for no state of that time: it keeps its own.
+and all go back to the newest step that each of them can restore. Step 0, from which all began, anybody can, but they go
+there only before the first checkpoint was due. Later a client without a state in common with the others (a disk that
+was full or is gone) is treated as one that was given up: such a client did not take part in what came since, so it is
+asked for no state of that time, keeps its own, and nobody loses anything for it.
 """
 
 from __future__ import annotations
@@ -72,6 +74,8 @@ class Roster:
     seats: dict[int, Seat] = field(default_factory=dict)
     begun: bool = False
     started: frozenset[int] = frozenset()
+    # A step was closed after which everybody was to keep a checkpoint.
+    was_kept: bool = False
 
     @property
     def present(self) -> frozenset[int]:
@@ -123,6 +127,7 @@ class Roster:
         """Note that a client was told that a step is closed: it has the state after it."""
         seat = self.seats[index]
         seat.have, seat.passing = self._newest(seat.have - {seat.passing or 0}, step), None
+        self.was_kept = self.was_kept or self.is_kept(step)
 
     def had_share(self, index: int, step: int) -> None:
         """Note that a client had a share in a step that was closed, told or not."""
@@ -182,8 +187,10 @@ class Roster:
 
     def _restart(self, live: Mapping[int, int], kept: Iterable[int], average: int) -> Restart:
         present = [self.seats[index] for index in sorted(self.present)]
+        for seat in self._without_common([seat for seat in present if seat.since is not None], live, kept):
+            seat.since = None
         members = [seat for seat in present if seat.since is not None]
-        if live and all(seat.index in live and _can_go_on(seat, live[seat.index]) for seat in members):
+        if live and not _lacking_live(members, live):
             steps = {seat.index: live[seat.index] if seat in members else average for seat in present}
             restored = frozenset(seat.index for seat in members if seat.can_restore(steps[seat.index]))
             restart = Restart(steps, restored, None)
@@ -199,6 +206,16 @@ class Roster:
         self.started = frozenset(restart.steps)
         return restart
 
+    def _without_common(self, members: list[Seat], live: Mapping[int, int], kept: Iterable[int]) -> list[Seat]:
+        """Give those for whom all the others would have to begin again: as few as can be, best what is live stays."""
+        steps = sorted({*kept} - {0}, reverse=True)
+        choices = [_lacking_live(members, live)] if live else []
+        choices += [[seat for seat in members if seat.needs(step) and not seat.can_restore(step)] for step in steps]
+        fewest: list[Seat] = min(choices, key=len, default=[])
+        reached = max(live.values(), default=0)
+        told = (step for seat in members for step in seat.have if 0 < step <= reached)
+        return fewest if steps or self.was_kept or any(map(self.is_kept, told)) else []
+
     def _seat_again(self, seat: Seat, restart: Restart) -> None:
         step = restart.steps[seat.index]
         is_member = seat.needs(step) and (restart.checkpoint is None or seat.index in restart.restored)
@@ -210,6 +227,10 @@ class Roster:
         seat.have = self._newest(seat.have, step)
         seat.worked = min(seat.worked, step)
         seat.fresh = False
+
+
+def _lacking_live(members: Iterable[Seat], live: Mapping[int, int]) -> list[Seat]:
+    return [seat for seat in members if seat.index not in live or not _can_go_on(seat, live[seat.index])]
 
 
 def _can_go_on(seat: Seat, step: int) -> bool:

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import httpx
+from filelock import FileLock, Timeout
 
 from edge_client.state_files import cache_errors, write_atomically
 from split_llama.errors import FlLlamaError, ServerUnreachable, UsageError
@@ -23,7 +27,7 @@ from training.client.data import DataPart
 from training.client.jobs import JobKey, JobsClient
 from training.display import Display
 from training.processes import Child, Children
-from training.results import DONE, finish, what_next
+from training.results import DONE, finish, finished, what_next
 from training.run_file import RunFile, as_flags
 from training.settings import TrainSettings
 from training.site import JOB_FILE as JOB_FILE
@@ -39,12 +43,20 @@ EXIT_INTERRUPTED = 130
 Say = Callable[[str], None]
 
 
-def run_all(file: RunFile, *, resume: bool, say: Say) -> int:
-    """Run server and clients to the end of the job; gives the exit code. Raises `FlLlamaError`."""
+def run_all(file: RunFile, *, resume: bool, say: Say, again: str) -> int:
+    """Run server and clients to the end of the job; gives the exit code. Raises `FlLlamaError`.
+
+    `again` is the command that goes on with an interrupted run.
+    """
     _check_data(file)
     check_folder(file, resume)
+    if resume and (known := finished(file)) is not None:
+        say(f"the run in {file.out} is done already; choose another folder by --set out=DIR for a new one")
+        for line in what_next(Site(file, "", known_job(file)), known):
+            say(line)
+        return 0
     began = time.monotonic()
-    with Children() as children:
+    with own_folder(file.out), Children() as children:
         site = start_site(file, children, say, resume=resume)
         say(f"job {site.job.id}: {file.job.strategy}, {file.job.clients} clients, {file.job.steps} steps -> {file.out}")
         clients = {f"client-{site.client_name(index)}": index for index in range(file.job.clients)}
@@ -53,7 +65,7 @@ def run_all(file: RunFile, *, resume: bool, say: Say) -> int:
                 running = [_start_client(site, children, name, index) for name, index in clients.items()]
                 _watch(children.started("server"), running, display)
             except KeyboardInterrupt:
-                display.say(f"interrupted; go on with: split-train run CONFIG --resume (it is all in {file.out})")
+                display.say(f"interrupted; go on with: {again} (it is all in {file.out})")
                 return EXIT_INTERRUPTED
         summary = finish(site, display, time.monotonic() - began)
     for line in what_next(site, summary):
@@ -63,6 +75,7 @@ def run_all(file: RunFile, *, resume: bool, say: Say) -> int:
 
 def start_site(file: RunFile, children: Children, say: Say, *, resume: bool) -> Site:
     """Start the server and create the job, or come back to it. Raises `FlLlamaError`."""
+    known = known_job(file) if resume else None
     port = int(file.server.get("port", 0)) or free_port()
     flags = {**file.server, "port": port, "extension_dir": file.server.get("extension_dir", file.out / "server")}
     server = children.start("server", "serving.cli", as_flags(flags), file.out / "server.log")
@@ -70,8 +83,25 @@ def start_site(file: RunFile, children: Children, say: Say, *, resume: bool) -> 
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
     say(f"starting split-server {file.server['model']} at {url}")
     _wait_ready(server, url)
-    job = known_job(file) if resume else new_job(file, own_settings(file, url))
-    return Site(file, url, job)
+    return Site(file, url, known or new_job(file, own_settings(file, url)))
+
+
+@contextmanager
+def own_folder(out: Path) -> Iterator[None]:
+    """Have a run's folder to oneself for a block. Raises `UsageError` when another process is at work in it."""
+    with cache_errors("make the run's folder"):
+        out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(
+            f"another run is at work in {out}; end it, or choose another folder by --set out=DIR"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def new_job(file: RunFile, settings: TrainSettings) -> JobKey:
@@ -139,8 +169,11 @@ def check_folder(file: RunFile, resume: bool) -> None:
 def known_job(file: RunFile) -> JobKey:
     """Give the job of the run in the file's folder. Raises `UsageError` where it is another, or not there."""
     facts = read_json(file.out / JOB_FILE)
-    if facts.get("config") != file.job.model_dump(mode="json"):
-        raise UsageError(f"the run in {file.out} has another [job] than this file; give its own file, or another out")
+    if changed := _differences(facts.get("config"), file.job.model_dump(mode="json")):
+        raise UsageError(
+            f"the run in {file.out} has another [job] than this file: {'; '.join(changed)}. Give its own file and "
+            "every --set of then, or another out"
+        )
     try:
         return JobKey(str(facts["job"]), (file.out / KEY_FILE).read_text(encoding="utf-8"))
     except (KeyError, OSError) as error:
@@ -149,12 +182,19 @@ def known_job(file: RunFile) -> JobKey:
         ) from None
 
 
+def _differences(was: Any, now: Any, name: str = "job") -> list[str]:
+    """Name the entries in which two configurations differ."""
+    if not isinstance(was, dict) or not isinstance(now, dict):
+        return [] if was == now else [f"{name} was {was!r}, is {now!r}"]
+    return [each for key in {**was, **now} for each in _differences(was.get(key), now.get(key), f"{name}.{key}")]
+
+
 def _wait_ready(server: Child, url: str) -> None:
     deadline = time.monotonic() + READY_SECONDS
     with httpx.Client(trust_env=False, timeout=5.0) as client:
         while time.monotonic() < deadline:
             if server.code is not None:
-                raise UsageError(f"split-server ended (exit code {server.code}):\n{server.last_words()}")
+                raise UsageError(_why_ended(server))
             try:
                 if client.get(f"{url}/readyz").status_code == 200:
                     return
@@ -162,6 +202,14 @@ def _wait_ready(server: Child, url: str) -> None:
                 pass
             time.sleep(POLL_SECONDS)
     raise ServerUnreachable(f"split-server was not ready within {READY_SECONDS:.0f} seconds:\n{server.last_words()}")
+
+
+def _why_ended(server: Child) -> str:
+    words = server.last_words()
+    if server.code == UsageError.exit_code and (refusal := re.search(r"split-server: error: (.+)\Z", words)):
+        # The flags are known to split-server alone; its help would hide what is wrong.
+        return f"split-server does not take the section [server]: {refusal[1]} (split-server --help lists its flags)"
+    return f"split-server ended (exit code {server.code}):\n{words}"
 
 
 def _start_client(site: Site, children: Children, name: str, index: int) -> Child:

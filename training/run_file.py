@@ -30,6 +30,7 @@ from training.settings import SECTION, TrainSettings
 EXAMPLES = Path(__file__).parent / "examples"
 PRESETS = Path(__file__).parent / "paper"
 SECTIONS = ("job", "data", "server", "client")
+REQUIRED = ("data",)
 DATA_KEYS = ("task", "train", "validation", "partition")
 # What a client is told by the run itself.
 NOT_FOR_CLIENTS = ("server", "job_key")
@@ -56,8 +57,11 @@ class RunFile:
     client: Mapping[str, Any]
 
     @classmethod
-    def read(cls, name: str, changes: Sequence[str] = ()) -> RunFile:
-        """Read a file, or an example that comes along by its name ("demo"). Raises `UsageError`."""
+    def read(cls, name: str, changes: Sequence[str] = (), required: Sequence[str] = REQUIRED) -> RunFile:
+        """Read a file, or an example that comes along by its name ("demo"). Raises `UsageError`.
+
+        The data of clients elsewhere is not in it: then nothing is `required`.
+        """
         path = find(name)
         try:
             document = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -67,10 +71,10 @@ class RunFile:
             raise UsageError(f"{path} is not valid TOML: {error}") from error
         for change in changes:
             _apply(document, change)
-        return cls.parse(document, str(path))
+        return cls.parse(document, str(path), required)
 
     @classmethod
-    def parse(cls, document: Mapping[str, Any], where: str) -> RunFile:
+    def parse(cls, document: Mapping[str, Any], where: str, required: Sequence[str] = REQUIRED) -> RunFile:
         """Read a parsed file. Raises `UsageError` that names a wrong key and the nearest known one."""
         tables = {}
         for key, value in document.items():
@@ -83,8 +87,9 @@ class RunFile:
         out = tables.get("out", f"runs/{job.name}")
         if not isinstance(out, str) or not out:
             raise UsageError(f"{where}: out must be the path of a folder, got {out!r}")
-        data = _data(tables.get("data", {}), job.clients, f"{where} [data]")
-        client = _client(tables.get("client", {}), f"{where} [client]")
+        given = "data" in tables or "data" in required
+        data = _data(tables.get("data", {}), job.clients, f"{where} [data]") if given else RunData()
+        client = _client(tables.get("client", {}), job, f"{where} [client]")
         return cls(Path(out), job, data, _server(tables.get("server", {}), job, f"{where} [server]"), client)
 
     def server_flags(self) -> list[str]:
@@ -153,14 +158,19 @@ def _data(raw: Mapping[str, Any], clients: int, where: str) -> RunData:
     return RunData(task, tuple(map(Path, files)), validation, raw.get("partition", "iid"))
 
 
-def _client(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _client(raw: Mapping[str, Any], job: JobConfig, where: str) -> dict[str, Any]:
     fields = [field.name for field in dataclasses.fields(TrainSettings) if field.name not in NOT_FOR_CLIENTS]
     given = {key.replace("-", "_"): value for key, value in raw.items()}
     for key in given:
         if key not in fields:
             raise UsageError(f"{where}: unknown key {key!r}{nearest(key, fields)}")
     load_settings(TrainSettings, SECTION, given)
-    return given
+    return ({"strategy_plugin": [job.strategy]} if _is_own(job) else {}) | given
+
+
+def _is_own(job: JobConfig) -> bool:
+    """Say whether the strategy is code: who writes the file starts server and clients, and allows it by naming it."""
+    return ":" in job.strategy
 
 
 def _server(raw: Mapping[str, Any], job: JobConfig, where: str) -> dict[str, Any]:
@@ -172,6 +182,5 @@ def _server(raw: Mapping[str, Any], job: JobConfig, where: str) -> dict[str, Any
     extensions = [extensions] if isinstance(extensions, str) else list(extensions)
     if "training" not in extensions:
         extensions.append("training")
-    # Who writes the file starts the server: a strategy of one's own is allowed here by naming it.
-    own = {"extension_plugin": [job.strategy]} if ":" in job.strategy else {}
+    own = {"extension_plugin": [job.strategy]} if _is_own(job) else {}
     return {"model": "demo", "allowed_partitions": job.partition} | own | given | {"extension": extensions}

@@ -69,6 +69,11 @@ class TrainSettings:
     )
     allow_embedding_states: bool = setting(False, "allow p = 0, which sends bare token embeddings")
     accept_new_weights: bool = setting(False, "trust the server's weights although they changed since first use")
+    strategy_plugin: tuple[str, ...] = setting(
+        (),
+        "code that a job may name as its strategy; may be given several times",
+        metavar="MODULE:CLASS",
+    )
     device: str = setting("auto", "where the client computes: auto, cpu or cuda[:N]")
     dtype: str = setting("float32", "type of the frozen weights: float32 or bfloat16; adapters are float32")
     threads: int | None = setting(

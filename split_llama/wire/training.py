@@ -164,7 +164,9 @@ def cut(message: Message, handle: int, width: int, max_frame_bytes: int) -> Iter
         if header and message.count and HEADER_SIZE + len(header) + each > max_frame_bytes:
             fits = 0  # a wide row goes into the next frame
         count = min(fits, message.count - first)
-        payload = b"".join((header, rows[first * each : (first + count) * each]))
+        piece = rows[first * each : (first + count) * each]
+        # Only the first frame's rows are copied here: the header goes before them.
+        payload = b"".join((header, piece)) if header else piece
         yield Frame(
             message.kind,
             message.codec,
@@ -187,7 +189,7 @@ class Assembler:
     def __init__(self, width: int, max_rows: int) -> None:
         self._width = width
         self._max_rows = max_rows
-        self._pieces: list[bytes] = []
+        self._gathered = bytearray()
         self._header = b""
         self._begun: Frame | None = None
         self._rows = 0
@@ -205,7 +207,12 @@ class Assembler:
 
     def reset(self) -> None:
         """Forget an incomplete message."""
-        self._pieces, self._header, self._begun, self._rows = [], b"", None, 0
+        self._gathered, self._header, self._begun, self._rows = bytearray(), b"", None, 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held of an incomplete message."""
+        return len(self._gathered)
 
     def _add(self, frame: Frame) -> Message | None:
         codec = Codec.from_wire(frame.codec)
@@ -228,11 +235,11 @@ class Assembler:
                 f"expected {expected} bytes for {frame.count} rows of {self._width} values from row {self._rows} of "
                 f"{begun.ack} on; {len(rows)} bytes from row {frame.first} on came"
             )
-        self._pieces.append(bytes(rows))
+        self._gathered += rows
         self._rows += frame.count
         if self._rows < begun.ack:
             return None
-        message = Message(begun.kind, begun.seq, self._header, codec, self._rows, b"".join(self._pieces))
+        message = Message(begun.kind, begun.seq, self._header, codec, self._rows, memoryview(self._gathered))
         self.reset()
         return message
 

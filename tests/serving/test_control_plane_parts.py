@@ -14,10 +14,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 from raw_edge import Floats, RawEdge
 
 from serving import dataplane
-from serving.connection import Outbox
 from serving.dataplane import serve_channel
 from serving.histogram import Histogram
 from serving.keys import ANONYMOUS, Principal
+from serving.outbox import Outbox
 from serving.pace import MARGIN_SECONDS, Pace
 from serving.scheduler import Candidate, Scheduler
 from serving.threads import WorkThread

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
 import torch
 from fastapi import APIRouter
 
+from serving.connection import OUTGOING_BYTES
 from serving.core import Core
 from serving.extensions import CoreHost, Extensions
 from serving.keys import KeyRing
 from serving.settings import ServerSettings
 from split_llama.config import BlockRange
-from split_llama.errors import BadRequest, ModelMismatch, PartitionNotAllowed, UnknownSession, UsageError
+from split_llama.errors import BadRequest, ModelMismatch, PartitionNotAllowed, SlowReader, UnknownSession, UsageError
 from split_llama.extension import Send
 from split_llama.load import load_segment
+from split_llama.transport.base import ChannelClosed
 from split_llama.wire.frame import Frame, Kind
 
 
@@ -127,6 +129,64 @@ async def test_leaving_and_losing_the_connection_are_told_apart(place: Any, echo
     # Answers that come too late go nowhere.
     echo.guests[0].send(Frame(Kind.FORWARD))
     echo.guests[1].send(Frame(Kind.FORWARD))
+
+
+async def test_an_answer_larger_than_any_backlog_arrives_and_is_overtaken(place: Any, echo: Echo) -> None:
+    edge, made = await place.connect(), []
+    await edge.send(Frame(Kind.JOIN, handle=5))
+    await edge.expect(Kind.JOIN, 5)
+    frames = OUTGOING_BYTES // 60_000 + 100
+
+    def answer() -> Iterator[Frame]:
+        for number in range(frames):
+            made.append(number)
+            yield Frame(Kind.FORWARD, seq=9, first=number, payload=bytes(60_000))
+
+    echo.guests[0].send(answer())
+    echo.guests[0].send(Frame(Kind.REPLY, seq=10))
+    for number in range(100):
+        assert (await edge.expect(Kind.FORWARD, 5)).first == number
+    assert len(made) < frames, "nothing is cut before it can be sent"
+    # Somebody else's answer on the same connection does not wait for the rest.
+    await edge.send(Frame(Kind.CANCEL, handle=6))
+    seen = []
+    while len(seen) < frames - 100:
+        frame = await edge.next()
+        seen.append(frame.kind)
+    assert seen.index(Kind.ERROR) < len(seen) - 1
+    assert (await edge.expect(Kind.FORWARD, 5)).first == frames - 1
+    assert (await edge.expect(Kind.REPLY, 5)).seq == 10
+
+
+async def test_whoever_leaves_is_not_told_the_rest(place: Any, echo: Echo) -> None:
+    edge = await place.connect()
+    await edge.send(Frame(Kind.JOIN, handle=5))
+    await edge.expect(Kind.JOIN, 5)
+    echo.guests[0].send(Frame(Kind.FORWARD, payload=bytes(60_000)) for _ in range(2000))
+    await edge.expect(Kind.FORWARD, 5)
+    await edge.send(Frame(Kind.CLOSE, handle=5), Frame(Kind.JOIN, handle=5))
+    seen = [await edge.next()]
+    while seen[-1].kind is not Kind.JOIN:
+        seen.append(await edge.next())
+    assert [frame.kind for frame in seen[-2:]] == [Kind.CLOSE, Kind.JOIN]
+    assert len(seen) < 1000
+
+
+async def test_a_message_that_cannot_be_given_ends_the_connection(place: Any, echo: Echo) -> None:
+    edge = await place.connect()
+    await edge.send(Frame(Kind.JOIN, handle=5))
+    await edge.expect(Kind.JOIN, 5)
+
+    def never() -> Iterator[Frame]:
+        raise SlowReader("too far behind")
+        yield
+
+    echo.guests[0].send(never())
+    with pytest.raises(ChannelClosed) as closed:
+        await edge.next()
+    assert closed.value.code == SlowReader.close_code
+    async with asyncio.timeout(5):
+        await echo.guests[0].over.wait()
 
 
 async def test_a_server_without_extensions_says_how_to_get_one(place: Any) -> None:

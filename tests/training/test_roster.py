@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from split_llama.errors import JobEnded, NotOwner
@@ -123,6 +123,52 @@ def test_without_any_common_checkpoint_all_begin_again() -> None:
     roster.lose(0, 100.0)
     roster.join("a", "secret of a", 10, (), 100.0)
     assert roster.decide(live(roster, 3), (), 3, 101.0) == Restart({0: 0, 1: 0}, frozenset({0, 1}), 0)
+
+
+def test_who_lost_all_its_states_does_not_take_the_others_back() -> None:
+    roster = started("a", "b")
+    advance(roster, range(1, 14))
+    roster.lose(0, 100.0)
+    roster.join("a", "secret of a", 10, (), 100.0)
+    assert roster.decide(live(roster, 13), {5, 10}, 13, 101.0) == Restart({0: 13, 1: 13}, frozenset({1}), None)
+    assert roster.seats[0].since == 13
+
+
+def test_with_own_sets_who_lost_its_states_goes_on_where_all_met_last() -> None:
+    roster = started("a", "b")
+    advance(roster, range(1, 14))
+    roster.lose(0, 100.0)
+    roster.join("a", "secret of a", 10, (), 100.0)
+    assert roster.decide({0: 13, 1: 13}, {5, 10}, 10, 101.0) == Restart({0: 10, 1: 13}, frozenset({1}), None)
+
+
+@pytest.mark.parametrize("had", [(), (5,)])
+def test_a_server_whose_disk_was_full_too_takes_nobody_back_either(had: tuple[int, ...]) -> None:
+    roster = started("a")
+    advance(roster, range(1, 14))
+    roster.lose(0, 100.0)
+    roster.join("a", "secret of a", 10, had, 100.0)
+    assert roster.decide(live(roster, 13), (), 13, 101.0) == Restart({0: 13}, frozenset(), None)
+
+
+def test_others_go_back_to_a_state_they_have_but_not_for_who_has_none() -> None:
+    roster = started("a", "b", "c")
+    advance(roster, range(1, 14))
+    for index, name, have in ((0, "a", (1,)), (1, "b", (5, 10))):
+        roster.lose(index, 100.0)
+        roster.join(name, f"secret of {name}", 10, have, 100.0)
+    restart = roster.decide(live(roster, 13), {5, 10}, 13, 101.0)
+    assert restart == Restart({0: 10, 1: 10, 2: 10}, frozenset({1, 2}), 10)
+
+
+def test_after_a_restart_of_the_server_its_newest_checkpoint_is_not_given_up_for_one() -> None:
+    seats = started("a", "b").seats
+    for seat in seats.values():
+        seat.present, seat.have = False, frozenset()
+    roster = Roster(2, REJOIN, is_kept, seats, begun=True)
+    roster.join("a", "secret of a", 10, (5,), 1000.0)
+    roster.join("b", "secret of b", 10, (10, 15), 1001.0)
+    assert roster.decide({}, {10, 15}, 0, 1001.0) == Restart({0: 15, 1: 15}, frozenset({1}), 15)
 
 
 def test_who_does_not_come_back_in_time_is_given_up_and_the_others_go_on() -> None:
@@ -265,11 +311,14 @@ class Client:
 
 
 EVENTS = st.lists(
-    st.tuples(st.sampled_from(["advance"] * 6 + ["drop", "kill", "return", "wait", "server"]), st.integers(0, 2)),
+    st.tuples(
+        st.sampled_from(["advance"] * 6 + ["drop", "kill", "wipe", "return", "wait", "server"]), st.integers(0, 2)
+    ),
     max_size=120,
 )
 
 
+@settings(deadline=None)
 @given(EVENTS)
 def test_nobody_is_told_to_restore_what_it_has_not_and_nobody_present_is_forgotten(
     events: list[tuple[str, int]],
@@ -293,6 +342,8 @@ def test_nobody_is_told_to_restore_what_it_has_not_and_nobody_present_is_forgott
             client.connected = False
             client.live = None if event == "kill" else client.live
             roster.lose(index, now)
+        elif event == "wipe" and not client.connected:
+            client.checkpoints, client.live = [], None
         elif event == "return" and not client.connected:
             client.connected = True
             roster.join(names[index], f"secret of {names[index]}", 10, client.have, now)
@@ -310,6 +361,7 @@ def test_nobody_is_told_to_restore_what_it_has_not_and_nobody_present_is_forgott
         assert set(restart.steps) == {each for each, other in clients.items() if other.connected}
         assert len(set(restart.steps.values())) == 1
         step = next(iter(restart.steps.values()))
+        assert step > 0 or not server.checkpoints, "nobody loses all for another"
         if restart.checkpoint is None:
             assert step == server.live
         else:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,7 +23,8 @@ from split_llama.lora import parse_adapter, read_adapter
 from training.client.jobs import JobKey
 from training.commands.client import main as join
 from training.commands.run import main
-from training.run import known_job
+from training.commands.server import main as serve
+from training.run import known_job, own_folder
 from training.run_file import RunFile
 
 PATIENCE = 120.0
@@ -63,6 +65,11 @@ def steps(out: Path, name: str) -> int:
     return len(file.read_bytes().splitlines()) if file.is_file() else 0
 
 
+def read_records(out: Path, name: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, (out / f"client-{name}" / "log.jsonl").read_text().splitlines())
+    return [line for line in lines if "step" in line]
+
+
 def test_a_run_is_interrupted_and_gone_on_with(tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     with started(command(out, sets=("job.steps=40",)), log) as process:
@@ -72,7 +79,9 @@ def test_a_run_is_interrupted_and_gone_on_with(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
         wait(lambda: not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in family))
-    assert "--resume" in log.read_text()
+    assert f"split-train run demo --set={SMALL[0]}" in log.read_text()
+    assert "--set=job.steps=40 --resume" in log.read_text()
+    before = [len(read_records(out, name)) for name in ("0", "1")]
     assert "left after step" in (out / "client-0" / "client.log").read_text()
 
     again = subprocess.run(
@@ -83,7 +92,11 @@ def test_a_run_is_interrupted_and_gone_on_with(tmp_path: Path) -> None:
     assert "edge-client chat" in again.stderr
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["state"], summary["steps"]) == ("done", 40)
-    assert summary["bytes_up"] > 0
+    # What was done before the interruption counts.
+    records = [read_records(out, name) for name in ("0", "1")]
+    assert all(0 < first < len(all_of) for first, all_of in zip(before, records, strict=True))
+    assert summary["samples"] == sum(record["samples"] for each in records for record in each)
+    assert summary["bytes_up"] > sum(each[-1]["bytes_up"] for each in records)
     assert summary["loss_last"] < summary["loss_first"]
     # The job shares A, B and C, so both have the same A and C, and the server has all.
     shared = parse_adapter((out / "shared.safetensors").read_bytes(), "shared")
@@ -97,11 +110,11 @@ def test_a_run_is_interrupted_and_gone_on_with(tmp_path: Path) -> None:
 def test_a_client_that_cannot_go_on_ends_all_and_is_shown(tmp_path: Path) -> None:
     out = tmp_path / "out"
     ended = subprocess.run(
-        command(out, sets=("job.max_length=100000",)), capture_output=True, text=True, timeout=PATIENCE, check=False
+        command(out, sets=("client.dtype=float12",)), capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert ended.returncode == 3
     assert "ended early (exit code 2)" in ended.stderr
-    assert "max_length is 100000" in ended.stderr
+    assert "dtype must be one of" in ended.stderr
     assert "stopped" in (out / "server.log").read_text()
 
 
@@ -122,6 +135,45 @@ def test_a_run_of_another_job_is_not_gone_on_with(tmp_path: Path) -> None:
     assert known_job(file) == JobKey("j", "flj-key")
     with pytest.raises(UsageError, match="another \\[job\\]"):
         known_job(RunFile.read("demo", [f"out={tmp_path}", "job.steps=3"]))
+
+
+def test_what_differs_from_the_run_that_is_gone_on_with_is_named_before_anything_starts(tmp_path: Path) -> None:
+    config = RunFile.read("demo").job.model_dump(mode="json")
+    (tmp_path / "job.json").write_text(json.dumps({"job": "j", "config": config}))
+    with pytest.raises(UsageError, match=r"job\.steps was 150, is 3; job\.lora\.r was 8, is 4\. Give its own file"):
+        main(["demo", f"--set=out={tmp_path}", "--set=job.steps=3", "--set=job.lora.r=4", "--resume"])
+    assert not (tmp_path / "server.log").exists()
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path: Path) -> None:
+    with own_folder(tmp_path):
+        with pytest.raises(UsageError, match="another run is at work"):
+            main(["demo", f"--set=out={tmp_path}"])
+        with pytest.raises(UsageError, match="another run is at work"):
+            serve(["demo", f"--set=out={tmp_path}"])
+    assert not (tmp_path / "server.log").exists()
+
+
+def test_a_run_that_is_done_stays_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = RunFile.read("demo", [f"out={tmp_path}"])
+    (tmp_path / "job.json").write_text(json.dumps({"job": "j", "config": file.job.model_dump(mode="json")}))
+    (tmp_path / "job-key").write_text("flj-key")
+    summary = {"state": "done", "steps": 150, "seconds": 70.0, "loss_first": 2.5, "loss_last": 0.1, "bytes_up": 5}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert main(["demo", f"--set=out={tmp_path}", "--resume"]) == 0
+    said = capsys.readouterr().err
+    assert "is done already" in said
+    assert "loss 2.500 -> 0.100" in said
+    assert "split-train export" in said
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert not (tmp_path / "server.log").exists()
+
+
+def test_a_wrong_server_flag_is_said_without_the_servers_help(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as raised:
+        main(command(tmp_path, sets=("server.modell=demo",))[4:])
+    assert "does not take the section [server]: unrecognized arguments: --modell=demo" in raised.value.message
+    assert "usage:" not in raised.value.message
 
 
 def test_wrong_data_starts_nothing(tmp_path: Path) -> None:
@@ -163,7 +215,7 @@ def test_clients_elsewhere_are_told_how_to_join_and_only_the_right_ones_can(tmp_
             with pytest.raises(ModelMismatch, match=f"the {change} of your copy .* nothing was sent"):
                 join([*right, f"--model={another_copy(tmp_path / change, change)}"])
         wrong = ["flj-wrong" if word.startswith("flj-") else word for word in right]
-        with pytest.raises(NotOwner, match="key"):
+        with pytest.raises(NotOwner, match=r"does not open the job.*--job-key"):
             join(wrong)
         assert "nobody" in log.read_text().splitlines()[-1]
         assert join(right) == 0

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from split_llama.errors import UsageError
-from training.run_file import EXAMPLES, RunFile, as_flags, find
+from training.client.jobs import JobKey
+from training.run_file import EXAMPLES, RunData, RunFile, as_flags, find
+from training.site import Site
 
 SMALLEST = {"data": {"task": "demo"}}
 
@@ -111,8 +113,23 @@ def test_files_that_come_along_are_found_by_name() -> None:
         find("paper/nothing")
 
 
+def test_who_makes_a_job_for_others_needs_no_data(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text("[job]\nsteps = 3\n")
+    assert RunFile.read(str(path), required=()).data == RunData()
+    with pytest.raises(UsageError, match="which data"):
+        RunFile.read(str(path))
+
+
 def test_a_strategy_of_ones_own_is_allowed_on_the_server_that_is_started_for_it() -> None:
     named = "somewhere:Else"
     file = RunFile.parse({"job": {"strategy": named}, "data": {"task": "demo"}}, "it")
     assert f"--extension-plugin={named}" in file.server_flags()
     assert not [flag for flag in RunFile.parse({"data": {"task": "demo"}}, "it").server_flags() if "plugin" in flag]
+
+
+def test_a_strategy_of_ones_own_is_allowed_at_the_clients_that_are_started_for_it() -> None:
+    named = "somewhere:Else"
+    file = parse(job={"strategy": named})
+    assert f"--strategy-plugin={named}" in Site(file, "http://a:1", JobKey("j", "k")).client_command(0)
+    assert not [word for word in Site(parse(), "http://a:1", JobKey("j", "k")).client_command(0) if "plugin" in word]

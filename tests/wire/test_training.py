@@ -55,6 +55,28 @@ def test_a_frame_out_of_place_is_refused_and_the_next_message_is_taken() -> None
         assert [assembler.add(frame) for frame in (first, second, third)][-1] == message(6)
 
 
+def test_rows_are_not_copied_before_they_are_sent() -> None:
+    whole = message(20)
+    first, *others = cut(whole, 1, WIDTH, HEADER_SIZE + 7 + 2 * WIDTH * 4)
+    assert len(first.payload) > 0
+    rows = np.frombuffer(whole.rows, np.uint8)
+    assert len(others) == 9
+    assert all(np.shares_memory(rows, np.frombuffer(frame.payload, np.uint8)) for frame in others)
+
+
+def test_what_is_gathered_is_counted() -> None:
+    assembler, frames = Assembler(WIDTH, 40), frames_of(6)
+    counted = []
+    for frame in frames:
+        assembler.add(frame)
+        counted.append(assembler.nbytes)
+    row = WIDTH * 4
+    assert counted == [2 * row, 4 * row, 0]
+    assembler.add(frames[0])
+    assembler.reset()
+    assert assembler.nbytes == 0
+
+
 def test_more_rows_than_allowed_or_announced_are_refused() -> None:
     with pytest.raises(BadStates, match="may have 5 rows here, 6 were announced"):
         Assembler(WIDTH, 5).add(frames_of(6)[0])

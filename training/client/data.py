@@ -11,7 +11,10 @@ from training.tasks.encoding import Encoded, Encoder
 from training.tasks.examples import AnyExample
 from training.tasks.order import Order
 from training.tasks.partition import Dealing, partition
-from training.tasks.readers import read_task
+from training.tasks.readers import read_task, recognise
+
+# Running text goes by these names; what else has no known format may be anything.
+PLAIN = ("", ".txt", ".text", ".md")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +44,22 @@ class DataPart:
             raise UsageError(f"a share is INDEX/OF, such as 0/2; got {text!r}")
         return int(index), int(of)
 
+    @property
+    def known_task(self) -> str:
+        """The task, by the file's first line where it was not named. Raises `UsageError` where that is not sure."""
+        if self.task != "auto" or self.path is None:
+            return self.task
+        found = recognise(self.path)
+        if found == "text" and self.path.suffix.lower() not in PLAIN:
+            raise UsageError(
+                f"{self.path}: the first line is none of a known format. If all of it is running text to be learned "
+                "as it stands, say --task text; otherwise docs/training-data.md lists the formats"
+            )
+        return found
+
     def read(self) -> list[AnyExample]:
         """Read the examples. Raises `UsageError` that names file and line of one that does not parse."""
-        examples = list(read_task(self.task, self.path))
+        examples = list(read_task(self.known_task, self.path))
         if self.of == 1:
             return examples
         return partition(examples, self.of, self.how, self.seed)[self.index]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -77,7 +76,7 @@ class Generation:
         self._under_way: tuple[int, asyncio.Task[None] | None] = (0, None)
         # Shares that the server has all of, while the client still steps what is its own.
         self._concluding: dict[int, asyncio.Task[None]] = {}
-        self._closed = start.step
+        self._closed = self._committed = start.step
         self._changed = asyncio.Event()
 
     async def run(self) -> None:
@@ -86,9 +85,8 @@ class Generation:
         for step in range(self._start.step + 1, member.config.steps + 1):
             if member.index in contributors(member.strategy, step, self._present) and step > self._closed:
                 await self._contribute(step)
-            while member.needs_outcome(step) and self._closed < step:
-                self._changed.clear()
-                await self._changed.wait()
+            if member.needs_outcome(step):
+                await self._until_closed(step)
 
     async def close(self, outcome: Outcome, message: Message) -> Closed:
         """Take the outcome of a step: abandon what is under way for it, confirm the state, keep it if that is due."""
@@ -117,21 +115,24 @@ class Generation:
         if answered:
             await asyncio.wait(answered)
 
+    async def _until_closed(self, step: int) -> None:
+        while self._closed < step:
+            self._changed.clear()
+            await self._changed.wait()
+
     async def _contribute(self, step: int) -> None:
         """Do one share; ends early when the step is closed without it."""
         task = asyncio.create_task(self._share(step), name=f"share-of-step-{step}")
         self._under_way = (step, task)
         try:
-            await task
-        except asyncio.CancelledError:
-            current = asyncio.current_task()
-            if current is None or current.cancelling():
-                raise
+            await asyncio.wait({task})
         finally:
             self._under_way = (0, None)
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+        if not task.cancelled():
+            await task
 
     async def _share(self, step: int) -> None:
         member, state = self._member, self._member.state
@@ -140,13 +141,16 @@ class Generation:
         early = not member.config.shares_all
 
         def told(verdict: Verdict) -> None:
-            if early:
+            # An answer about this step says that the one before is closed; where all fails there may be none.
+            if early and self._closed >= step - 1:
                 self._commit(step, verdict)
 
         share = await self._pipeline.share(self.exchange, step, state.cursor, micros, lambda: state.weights, told)
+        # What the state is after a step is settled before the next one changes it.
+        await self._until_closed(step - 1)
         rows = await member.compute(lambda: self._conclude(step, share))
         self._shares[step] = share
-        if not early:
+        if self._committed < step:
             self._commit(step, share, rows)
 
     def _commit(self, step: int, share: Share | Verdict, rows: bytes = b"") -> None:
@@ -155,6 +159,7 @@ class Generation:
         if under_way == step and task is not None:
             self._concluding[step] = task
         self._under_way = (0, None)
+        self._committed = step
         commit = Commit(
             generation=self.exchange.generation,
             step=step,

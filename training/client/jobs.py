@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from split_llama.errors import FlLlamaError, NotAServer, ServerUnreachable
+from split_llama.errors import FlLlamaError, NotAServer, NotOwner, ServerUnreachable
 from split_llama.lora import Adapter, parse_adapter
 from split_llama.transport import failures
 from split_llama.transport.address import ServerAddress, authorization
@@ -42,15 +42,20 @@ class JobsClient:
 
     @classmethod
     @contextlib.contextmanager
-    def of(cls, settings: TrainSettings, retry_seconds: float | None = None) -> Iterator[JobsClient]:
-        """Make the client that the settings ask for, for a block. Raises `UsageError`."""
+    def of(
+        cls, settings: TrainSettings, retry_seconds: float | None = None, patience: float = 60.0
+    ) -> Iterator[JobsClient]:
+        """Make the client that the settings ask for, for a block; an answer may take `patience` seconds.
+
+        Raises `UsageError`.
+        """
         address = ServerAddress.parse(settings.edge("1,1", "fp32").server_url())
         with (
             failures.proxy_errors(address.base),
             httpx.Client(
                 headers={"User-Agent": "fl-llama", **authorization(settings.api_key)},
                 verify=tls_context(settings.ca_certs),
-                timeout=httpx.Timeout(60.0, connect=10.0),
+                timeout=httpx.Timeout(patience, connect=min(patience, 10.0)),
             ) as client,
         ):
             yield cls(client, address, settings.reconnect_seconds if retry_seconds is None else retry_seconds)
@@ -65,7 +70,10 @@ class JobsClient:
 
     def config(self, job: JobKey) -> JobConfig:
         """Ask for the job's configuration. Raises as `create`, and `UnknownJob`, `NotOwner`."""
-        raw = self.status(job)
+        return self.config_in(job, self.status(job))
+
+    def config_in(self, job: JobKey, raw: Mapping[str, Any]) -> JobConfig:
+        """Take the job's configuration out of its status. Raises `NotAServer`, `UsageError`."""
         if not isinstance(raw.get("config"), dict):
             raise NotAServer(f"{self._address.base}: the answer has no job's configuration")
         return JobConfig.parse(raw["config"], f"job {job.id} of {self._address.base}")
@@ -120,4 +128,10 @@ class JobsClient:
 
     def _refusal(self, response: httpx.Response) -> FlLlamaError:
         kind, retry = response.headers.get("content-type", ""), response.headers.get("retry-after", "")
-        return failures.refused(self._address.base, response.status_code, kind, response.content, retry)
+        refusal = failures.refused(self._address.base, response.status_code, kind, response.content, retry)
+        if isinstance(refusal, NotOwner) and KEY_HEADER in refusal.message:
+            # On a command line nobody sends headers.
+            return NotOwner(
+                "this key does not open the job: give the one that its creator was told, with --job-key KEY"
+            )
+        return refusal

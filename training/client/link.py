@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
 from edge_client.connector import Connector, may_pass
@@ -44,13 +44,19 @@ Event = Joined | Message | Refused | Lost
 class JobLink:
     """Use as `async with JobLink(...) as link`, and read `link.events()`.
 
-    `make_join` gives the JOIN for each connection: what the client can restore changes. `adapter_rows` is the size of
-    the largest message apart from states. A lost server is asked again for `reconnect_seconds`; where that does not
-    help, or cannot, `events` raises.
+    `make_join` gives the JOIN for each connection: what the client can restore changes. It is asked only when the
+    reader of `events` has dealt with all that came before, `Lost` included. `adapter_rows` is the size of the largest
+    message apart from states. A lost server is asked again for `reconnect_seconds`; where that does not help, or
+    cannot, `events` raises.
     """
 
     def __init__(
-        self, connector: Connector, make_join: Callable[[], Join], *, reconnect_seconds: float, adapter_rows: int = 0
+        self,
+        connector: Connector,
+        make_join: Callable[[], Awaitable[Join]],
+        *,
+        reconnect_seconds: float,
+        adapter_rows: int = 0,
     ) -> None:
         self._connector = connector
         self._make_join = make_join
@@ -60,6 +66,10 @@ class JobLink:
         self._frames: deque[Iterator[Frame]] = deque()
         self._frames_event = asyncio.Event()
         self._sent = asyncio.Event()
+        # Whether the reader of `events` knows of the last loss and is done with what that means.
+        self._heard = asyncio.Event()
+        self._heard.set()
+        self._dropped: asyncio.Future[FlLlamaError] | None = None
         self._seq = 0
         self._assembler: Assembler | None = None
         self._task: asyncio.Task[None] | None = None
@@ -88,6 +98,8 @@ class JobLink:
             if isinstance(event, BaseException):
                 raise event
             yield event
+            if isinstance(event, Lost):
+                self._heard.set()
 
     def fail(self, failure: BaseException) -> None:
         """Let `events` raise: what used the link cannot go on."""
@@ -100,6 +112,11 @@ class JobLink:
             numbered = Message(message.kind, self._seq, message.header, message.codec, message.count, message.rows)
             self._put(cut(numbered, HANDLE, self.hello.hidden_size, self.hello.max_frame_bytes))
         return self._seq
+
+    def join_again(self, why: str) -> None:
+        """Drop this connection and JOIN on another, so that the server hears anew what the client can restore."""
+        if self._dropped is not None and not self._dropped.done():
+            self._dropped.set_result(ServerUnreachable(why))
 
     async def leave(self) -> None:
         """Say that this client does not come back, if the server can be told."""
@@ -126,6 +143,7 @@ class JobLink:
                 lost = await self._pump(channel)
                 if self._assembler is not None:
                     backoff, deadline = FIRST_BACKOFF, loop.time() + self._reconnect_seconds
+                    self._heard.clear()
                     self._events.put_nowait(Lost(lost))
                 self._disconnected()
                 if not _may_mend(lost) or loop.time() > deadline:
@@ -161,11 +179,15 @@ class JobLink:
 
     async def _pump(self, channel: Channel) -> FlLlamaError:
         """Join, then move frames both ways until the channel ends; give the reason."""
-        self._join()
         reader = asyncio.create_task(self._read(channel), name="job-link-reader")
         writer = asyncio.create_task(self._write(channel), name="job-link-writer")
+        dropped: asyncio.Future[FlLlamaError] = asyncio.get_running_loop().create_future()
+        self._dropped = dropped
         try:
-            await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
+            await self._join()
+            await asyncio.wait((reader, writer, dropped), return_when=asyncio.FIRST_COMPLETED)
+            if dropped.done():
+                return dropped.result()
             # The reader knows best why a channel ended, and what came before its end still counts.
             await asyncio.wait((reader,), timeout=0 if reader.done() else CLOSE_SECONDS)
             for task in (reader, writer):
@@ -183,9 +205,11 @@ class JobLink:
             await asyncio.gather(reader, writer, return_exceptions=True)
             await channel.close()
 
-    def _join(self) -> None:
+    async def _join(self) -> None:
+        await self._heard.wait()
+        join = await self._make_join()
         self._seq += 1
-        message = Message(Kind.JOIN, self._seq, self._make_join().to_bytes())
+        message = Message(Kind.JOIN, self._seq, join.to_bytes())
         self._put(cut(message, HANDLE, self.hello.hidden_size, self.hello.max_frame_bytes))
 
     async def _read(self, channel: Channel) -> None:

@@ -7,11 +7,10 @@ model and state runs in one thread, first in, first out; here is only who waits 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable
 
-from split_llama.errors import BadRequest, FlLlamaError, JobEnded, NotOwner, UnknownJob, UnknownSession
+from split_llama.errors import BadRequest, CheckpointError, JobEnded, NotOwner, UnknownJob, UnknownSession
 from split_llama.wire.frame import Kind
 from split_llama.wire.training import End, Joined, Message, Outcome, Start
 from training.client.exchange import Exchange
@@ -36,18 +35,29 @@ class JobLoop:
         self._pipeline: Pipeline | None = None
         self._work: Generation | None = None
         self._task: asyncio.Task[None] | None = None
-        self._began = time.monotonic()
+        # Steps whose state the server asked for in vain, until work goes on again.
+        self._missing: set[int] = set()
+        self._is_joining_again = False
+        self._began = self._heard_at = time.monotonic()
         self._left_out = self._clipped = self._void = 0
+
+    @property
+    def quiet_seconds(self) -> float:
+        """For how long nothing has come from the server."""
+        return time.monotonic() - self._heard_at
 
     async def run(self) -> str:
         """Take part until the server ends the job; give its reason. Raises `FlLlamaError`."""
         try:
             async for event in self._link.events():
+                self._heard_at = time.monotonic()
                 if isinstance(event, Joined):
                     self._member, self._pipeline = self._make_member(event)
+                    self._is_joining_again = False
                 elif isinstance(event, Lost):
                     await self._stop()
-                    self._watcher.note(f"the server was lost ({event.error.message}); trying to reach it again")
+                    if not self._is_joining_again:
+                        self._watcher.note(f"the server was lost ({event.error.message}); trying to reach it again")
                 elif isinstance(event, Refused):
                     self._refused(event)
                 elif (reason := await self._message(event)) is not None:
@@ -59,7 +69,7 @@ class JobLoop:
     async def _message(self, message: Message) -> str | None:
         """Take a message; give the reason if it is the end."""
         match message.kind:
-            case Kind.RESYNC:
+            case Kind.RESYNC if not self._is_joining_again:
                 await self._begin(Start.from_bytes(message.header), message)
             case Kind.FORWARD | Kind.BACKWARD if self._work is not None:
                 self._work.exchange.answered(message)
@@ -76,10 +86,16 @@ class JobLoop:
         if member is None or pipeline is None:
             raise BadRequest("the server started the job before it answered JOIN")
         weights = member.weights_of(message)
-        if start.restore:
-            await member.compute(lambda: member.state.restore(start.step, weights))
-        else:
-            await member.compute(lambda: member.state.go_on(start.step, weights))
+        take = member.state.restore if start.restore else member.state.go_on
+        try:
+            await member.compute(lambda: take(start.step, weights))
+        except CheckpointError as missing:
+            self._ask_for_another(start.step, missing)
+            return
+        self._missing.clear()
+        if not self.generation:
+            # Waiting for the others is no training.
+            self._began = time.monotonic()
         if self.generation or start.step:
             self._watcher.note(f"going on after step {start.step} with {len(start.present)} clients")
         self.generation = start.generation
@@ -87,6 +103,18 @@ class JobLoop:
         self._work = Generation(member, pipeline, exchange, start)
         self._task = asyncio.create_task(self._work.run(), name=f"generation-{start.generation}")
         self._task.add_done_callback(self._ended)
+
+    def _ask_for_another(self, step: int, missing: CheckpointError) -> None:
+        """JOIN again: the server took for granted what could not be written here. Raises `CheckpointError` at last."""
+        if step in self._missing:
+            raise CheckpointError(
+                f"{missing.message}. The server was told so and asks for it again, so this client leaves. Come back "
+                "with the same command to take part from the newest state there is here"
+            ) from missing
+        self._missing.add(step)
+        self._is_joining_again = True
+        self._watcher.note(f"{missing.message}; joining again with what there is")
+        self._link.join_again(f"the state after step {step} could not be restored here")
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """Work that fails ends the client; it says so where events are waited for."""
@@ -98,10 +126,9 @@ class JobLoop:
         if self._work is not None:
             await self._work.conclude()
         task, self._task, self._work = self._task, None, None
-        if task is not None:
+        if task is not None and not task.done():
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, FlLlamaError):
-                await task
+            await asyncio.wait({task})
 
     async def _close(self, outcome: Outcome, message: Message) -> None:
         if self._work is None or outcome.generation != self.generation:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -137,12 +136,14 @@ class Bar:
         self._name = name
         self._bar: Any = tqdm(total=steps, desc=name, unit="step", file=stream or sys.stderr, dynamic_ncols=True)
         self._tokens = 0
-        self._began = time.monotonic()
 
     def step(self, record: StepRecord) -> None:
         """Move the bar to the step; back, too, where the job restarted."""
+        if not self._tokens:
+            # Waiting for the others is no training.
+            self._bar.unpause()
         self._tokens += record.tokens
-        self._bar.set_postfix_str(describe(record, self._tokens / max(1e-9, time.monotonic() - self._began)), False)
+        self._bar.set_postfix_str(describe(record, self._tokens / max(1e-9, record.seconds)), False)
         self._bar.n = record.step
         self._bar.refresh()
 

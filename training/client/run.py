@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shlex
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 
 from edge_client.answer import describe_noise, progress_bar
 from edge_client.connector import Connector
-from split_llama.errors import CacheError, ConnectionRefused, JobEnded, RemoteError
+from split_llama.errors import CacheError, ConnectionRefused, JobEnded, RemoteError, UsageError
 from split_llama.lora import Adapter, write_adapter
 from split_llama.wire.training import Join, Joined
 from training.client.data import DataPart
@@ -25,6 +26,7 @@ from training.client.pipeline import Compute, Pipeline
 from training.client.report import Bar, LogFile, TensorBoard, Watchers, size
 from training.client.setup import ClientFolder, Prepared, prepare
 from training.client.state import ClientState
+from training.client.waiting import QUIET_SECONDS, tell_why
 from training.job_config import JobConfig
 from training.settings import TrainSettings
 from training.strategy import Strategy, make_strategy
@@ -32,6 +34,7 @@ from training.strategy import Strategy, make_strategy
 T = TypeVar("T")
 
 INTERRUPTED = 130
+OVER = ("done", "failed", "cancelled")
 ADAPTER_FOLDER = "adapter"
 
 
@@ -60,10 +63,13 @@ def run_client(settings: TrainSettings, plan: ClientPlan, say: Callable[[str], N
     # A line that does not parse is told before anybody is asked anything.
     examples = plan.data.read()
     with JobsClient.of(settings) as jobs:
-        config = jobs.config(plan.job)
+        status = jobs.status(plan.job)
+        config = jobs.config_in(plan.job, status)
+    check_strategy(settings, config)
+    _check_alive(plan, str(status.get("state")))
     with ClientFolder.open(plan.out, plan.name, plan.job.id) as folder, progress_bar(quiet=plan.quiet) as progress:
         prepared = prepare(settings, config, plan.job.id, examples, say, progress)
-        for line in _facts(settings, prepared):
+        for line in _facts(settings, plan.data.known_task, prepared):
             say(line)
         client = Client(settings, plan, config, prepared, folder)
         with Watchers(LogFile(folder.path, say)) as watchers:
@@ -73,13 +79,31 @@ def run_client(settings: TrainSettings, plan: ClientPlan, say: Callable[[str], N
             return asyncio.run(client.run(watchers, say))
 
 
-def _facts(settings: TrainSettings, prepared: Prepared) -> list[str]:
+def check_strategy(settings: TrainSettings, config: JobConfig) -> None:
+    """See that a job asks for no code but what this client's user allowed. Raises `UsageError`."""
+    if ":" in config.strategy and config.strategy not in settings.strategy_plugin:
+        raise UsageError(
+            f"the job has a strategy of its own, {config.strategy}: code that would run here. Nothing was imported. "
+            f"If you have it and trust it, start the client with --strategy-plugin {config.strategy}"
+        )
+
+
+def _check_alive(plan: ClientPlan, state: str) -> None:
+    """Tell a newcomer at once that a job is over; who took part gets what it trained. Raises `JobEnded`."""
+    if state in OVER and not ClientFolder.is_of(plan.out, plan.name):
+        raise JobEnded(
+            f"the job is {state} and nobody can join it any more; split-train export --job {plan.job.id} fetches "
+            "what all its clients shared"
+        )
+
+
+def _facts(settings: TrainSettings, task: str, prepared: Prepared) -> list[str]:
     data = prepared.data
     less = [f"{data.shortened} prompts shortened"] * bool(data.shortened)
     less += [f"{data.left_out} examples too long, left out"] * bool(data.left_out)
     gradient = settings.gradient_noise or settings.gradient_clip
     return [
-        f"{data.samples} samples" + "".join(f", {each}" for each in less),
+        f"{data.samples} samples of the task {task}" + "".join(f", {each}" for each in less),
         describe_noise(prepared.edge, prepared.spec),
         *(
             [f"gradients: noise {settings.gradient_noise:g}, clip {settings.gradient_clip or 'off'}"]
@@ -114,6 +138,7 @@ class Client:
         self._prepared = prepared
         self._folder = folder
         self._strategy: Strategy = make_strategy(config)
+        self._loop: JobLoop | None = None
         first = prepared.maths.ends.first_weights(config.seed)
         owns = not config.shares_all or self._strategy.own_sets
         owner = f"job {plan.job.id}, client {plan.name}"
@@ -134,6 +159,7 @@ class Client:
         say(f"{ended.reason}; after step {self.state.step} of {self._config.steps}")
         if ended.adapter is not None:
             say(f"this client's adapter: {ended.adapter}")
+            say(f"next: {self._export_command()}")
         rows = self._prepared.maths.noise.accountant.rows
         if rows:
             say(f"{rows} distinct noised rows were released")
@@ -144,12 +170,13 @@ class Client:
         loop: JobLoop | None = None
         link = JobLink(
             Connector.of(self._prepared.edge),
-            lambda: self._join(loop.generation if loop is not None else 0),
+            lambda: self._join(loop.generation if loop is not None else 0, compute),
             reconnect_seconds=self._settings.reconnect_seconds,
             adapter_rows=rows,
         )
         async with link:
-            loop = JobLoop(link, lambda joined: self._member(joined, compute), watchers)
+            self._loop = loop = JobLoop(link, lambda joined: self._member(joined, compute), watchers)
+            telling = asyncio.create_task(tell_why(loop, self._config, self._ask, watchers), name="tell-why")
             try:
                 reason = await loop.run()
             except JobEnded as ended:
@@ -162,12 +189,21 @@ class Client:
                 # A fault of this client: the others need not wait for it.
                 await link.leave()
                 raise
+            finally:
+                telling.cancel()
             adapter = await compute(self._write_adapter)
             say_bytes = f"{size(link.bytes_up)} up, {size(link.bytes_down)} down"
             return Ended(self.state.step == self._config.steps, f"{reason} ({say_bytes})", adapter)
 
-    def _join(self, generation: int) -> Join:
+    def _ask(self) -> Mapping[str, Any]:
+        """Ask how the job stands; not for long, as somebody may want to go."""
+        with JobsClient.of(self._settings, retry_seconds=0.0, patience=QUIET_SECONDS) as jobs:
+            return jobs.status(self._plan.job)
+
+    async def _join(self, generation: int, compute: Compute) -> Join:
         source = self._prepared.source
+        # Behind all that is still being computed, which it may be about.
+        have = await compute(self.state.have)
         return Join(
             job=self._plan.job.id,
             key=self._plan.job.key,
@@ -179,7 +215,7 @@ class Client:
             tokenizer=source.offer.manifest.tokenizer_digest,
             samples=self._prepared.data.samples,
             generation=generation,
-            have=self.state.have(),
+            have=have,
         )
 
     def _member(self, joined: Joined, compute: Compute) -> tuple[Member, Pipeline]:
@@ -202,13 +238,21 @@ class Client:
             kept = f"left after step {self.state.step}"
         except CacheError as full:
             kept = f"left, but {full.message}"
+        if self._loop is None or not self._loop.generation:
+            return "left before the job began; its place is free until the same command, or another client, takes it"
         patience = f"{self._config.rejoin_seconds:.0f}"
         return f"{kept}. Come back with the same command; the others wait for {patience} seconds, then go on without"
 
+    def _export_command(self) -> str:
+        """Spell what makes one adapter of this client's and what all share."""
+        key = ["--api-key", "KEY"] if self._settings.api_key is not None else []
+        words = ["split-train", "export", "--client", str(self._folder.path), "--server", str(self._settings.server)]
+        return shlex.join([*words, *key, "--job", self._plan.job.id, "--job-key", "KEY", "--out", "DIR"])
+
     def _write_adapter(self) -> Path | None:
         weights = {name: weight.detach().clone() for name, weight in self.state.weights.items()}
-        if not weights:
-            return None
+        if not weights or not self.state.step:
+            return None  # The first values are no result.
         folder = self._folder.path / ADAPTER_FOLDER
         write_adapter(folder, Adapter(self._config.lora.config, weights), self._prepared.source.card.id)
         return folder

@@ -35,6 +35,7 @@ from training.settings import TrainSettings
 from training.tasks.examples import AnyExample
 
 Notify = Callable[[str], None]
+MEMBER_FILE = "member.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +45,19 @@ class ClientFolder:
     path: Path
     secret: str
 
+    @staticmethod
+    def is_of(out: Path, name: str) -> bool:
+        """Say whether a client of this name has worked in its folder."""
+        return (out / f"client-{name}" / MEMBER_FILE).is_file()
+
     @classmethod
     @contextlib.contextmanager
     def open(cls, out: Path, name: str, job: str) -> Iterator[ClientFolder]:
         """Take the folder for a block. Raises `UsageError` when it is another job's or in use, `CacheError`."""
         path = out / f"client-{name}"
         with cache_errors("make the client's folder"):
-            path.mkdir(parents=True, exist_ok=True)
+            # What a client learns is its own business.
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = FileLock(path / ".lock", mode=0o600)
         try:
             lock.acquire(timeout=0)
@@ -65,7 +72,7 @@ class ClientFolder:
 
 
 def _member_secret(path: Path, job: str) -> str:
-    file = path / "member.json"
+    file = path / MEMBER_FILE
     if file.is_file():
         try:
             known = json.loads(file.read_bytes())

@@ -1,11 +1,12 @@
 """What a client keeps of a job: its adapters with their optimizer, how far it is in its data, and what it can restore.
 
-Everything here belongs to the thread that computes, but for `have`. A state *after step t* is whole once the client's
+Everything here belongs to the thread that computes. A state *after step t* is whole once the client's
 own share of t is done (`advance`) and the server said what became of the step (`confirm`).
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from split_llama.errors import CheckpointError
+from split_llama.errors import CacheError, CheckpointError
 from training.checkpoints import Checkpoints
 from training.compute.optimizer import WEIGHT, AdapterOptimizer
 from training.compute.schedule import learning_rate
@@ -126,6 +127,12 @@ class ClientState:
         self._live = {step: self._own}
         self._ahead.clear()
         self.step = step
+        # What comes now is another course: a later step of the one that was left must not be taken for one of it.
+        for store in (self._checkpoints, self._leaving):
+            store.drop_after(step)
+        if newest > step:
+            with contextlib.suppress(CacheError):
+                self._leaving.save(step, self._own.tensors, {"cursor": self._own.cursor})
 
     def _find(self, step: int) -> Snapshot:
         for kept in (self._live, self._ahead):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 
 from training.commands.client import say
@@ -24,7 +25,14 @@ def run(arguments: argparse.Namespace) -> int:
     from training.run_file import RunFile
 
     with as_interrupt():
-        return run_all(RunFile.read(arguments.config, arguments.set), resume=arguments.resume, say=say)
+        file = RunFile.read(arguments.config, arguments.set)
+        return run_all(file, resume=arguments.resume, say=say, again=again("run", arguments))
+
+
+def again(command: str, arguments: argparse.Namespace) -> str:
+    """Spell the command that goes on with what these arguments began."""
+    changes = [f"--set={change}" for change in arguments.set]
+    return shlex.join(["split-train", command, arguments.config, *changes, "--resume"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

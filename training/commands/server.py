@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from training.commands.client import say
-from training.commands.run import FILE_HELP, SET_HELP
+from training.commands.run import FILE_HELP, SET_HELP, again
 
 if TYPE_CHECKING:
     from training.run_file import RunFile
@@ -30,11 +30,11 @@ def run(arguments: argparse.Namespace) -> int:
     from training.run import as_interrupt
     from training.run_file import RunFile
 
-    file = RunFile.read(arguments.config, arguments.set)
+    file = RunFile.read(arguments.config, arguments.set, required=())
     if arguments.server is not None:
         return _on_running_server(file, arguments)
     with as_interrupt():
-        return _with_server(file, resume=arguments.resume)
+        return _with_server(file, arguments)
 
 
 def _on_running_server(file: RunFile, arguments: argparse.Namespace) -> int:
@@ -44,39 +44,44 @@ def _on_running_server(file: RunFile, arguments: argparse.Namespace) -> int:
     from training.site import Site
 
     flags = {"server": arguments.server, "api_key": arguments.api_key}
-    with JobsClient.of(load_settings(TrainSettings, SECTION, flags).settings, retry_seconds=0.0) as jobs:
+    settings = load_settings(TrainSettings, SECTION, flags).settings
+    with JobsClient.of(settings, retry_seconds=0.0) as jobs:
         job = jobs.create(file.job)
-    _announce(Site(file, arguments.server, job))
+    _announce(Site(file, arguments.server, job), asks_for_key=settings.api_key is not None)
     return 0
 
 
-def _with_server(file: RunFile, *, resume: bool) -> int:
+def _with_server(file: RunFile, arguments: argparse.Namespace) -> int:
     from split_llama.errors import FlLlamaError
     from training.processes import Children
     from training.results import finish
-    from training.run import EXIT_INTERRUPTED, check_folder, start_site, wait_for_job
+    from training.run import EXIT_INTERRUPTED, check_folder, own_folder, start_site, wait_for_job
 
+    resume = arguments.resume
     check_folder(file, resume)
     began = time.monotonic()
-    with Children() as children:
+    with own_folder(file.out), Children() as children:
         try:
             site = start_site(file, children, say, resume=resume)
-            _announce(site)
+            _announce(site, asks_for_key=bool({"api_key", "api_key_file"} & file.server.keys()))
             state = wait_for_job(site, children.started("server"), say)
         except KeyboardInterrupt:
-            say(f"interrupted; go on with the same command and --resume (the job is in {file.out})")
+            say(f"interrupted; go on with: {again('server', arguments)} (the job is in {file.out})")
             return EXIT_INTERRUPTED
         finish(site, None, time.monotonic() - began)
     say(f"{state}; the adapter that all share is in {file.out}")
     return 0 if state == "done" else FlLlamaError.exit_code
 
 
-def _announce(site: Site) -> None:
+def _announce(site: Site, *, asks_for_key: bool) -> None:
     """Say how to take part."""
     say(f"job {site.job.id}, key {site.job.key} (it is shown once); {site.file.job.clients} clients start it with")
     words = ["split-train", "client", "--server", site.url, "--job", site.job.id, "--job-key", site.job.key]
+    words += ["--api-key", "KEY"] if asks_for_key else []
     task = site.file.data.task
     words += ["--name", "NAME", "--task", task, *([] if task == "demo" else ["--data", "FILE"]), "--out", "DIR"]
+    if ":" in (strategy := site.file.job.strategy):
+        words += ["--strategy-plugin", strategy]
     say("  " + " ".join(word if word.isupper() else shlex.quote(word) for word in words))
 
 

@@ -6,6 +6,8 @@ in the background.
 
 from __future__ import annotations
 
+import asyncio
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +25,16 @@ from split_llama.wire.training import flatten, unflatten
 from training.checkpoints import Checkpoints
 from training.job_config import JobConfig
 from training.server.adapters import AdapterPlan
-from training.server.budget import Budget
+from training.server.budget import Account, Budget
 from training.server.passes import Blocks, Pass, Passes, Results
 from training.server.records import Cohort, Micro, Phase, Rows, Share
 from training.server.sets import Offer, Stepped, WeightSets
+from training.server.size import least_bytes
 
 T = TypeVar("T")
+
+# What waits so long for a client of its own job is dropped where there is no room for others of that job.
+STALE_SECONDS = 5.0
 
 MakeTrunk = Callable[[Segment, LoraConfig | None], Blocks]
 
@@ -57,7 +63,10 @@ def most_that_fit(count: int, fits: Callable[[int], bool]) -> int:
 
 
 class Engine:
-    """The computing of one job. `names` gives the clients' names by their numbers, and may grow."""
+    """The computing of one job. `names` gives the clients' names by their numbers, and may grow.
+
+    `clock` gives monotonic seconds.
+    """
 
     def __init__(
         self,
@@ -69,11 +78,15 @@ class Engine:
         names: Mapping[int, str],
         *,
         own_sets: bool,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._host = host
         self._config = config
         self._plan = plan
         self._budget = budget
+        self._account = Account(budget, STALE_SECONDS)
+        self._clock = clock
+        self._reminder: asyncio.TimerHandle | None = None
         self._make_trunk = make_trunk
         self._names = names
         self._own_sets = own_sets
@@ -163,18 +176,40 @@ class Engine:
 
     def least_bytes(self, lengths: tuple[int, ...]) -> int:
         """Estimate what one micro-batch of these sequences needs at least, from its forward to its backward."""
-        rows, width = sum(lengths), self._plan.model.hidden_size
-        dtype = torch.bfloat16 if self._config.compute_dtype == "bfloat16" else torch.float32
-        return rows * width * (len(self._plan.blocks) * dtype.itemsize + 2 * torch.float32.itemsize)
+        return least_bytes(self._config, self._plan, sum(lengths))
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that the job's tapes hold, those of passes that are running included."""
+        return self._account.held
 
     def room(self, micros: Sequence[Micro]) -> int:
-        """Say how many of these may go forward together now; as many as can without their graphs if not with them."""
-        count = most_that_fit(len(micros), lambda count: self._fits_together(micros[:count]))
-        if count and self._fits_together(micros[:count]):
+        """Say how many of these may go forward together now; as many as can without their graphs if not with them.
+
+        Where there is no room for any, tapes that wait for other jobs' clients, or too long, make room.
+        """
+        count = self._that_fit(micros)
+        if not count and self._account.make_room(self._need(micros[:1], keep=False), self._clock()):
+            count = self._that_fit(micros)
+        if count:
             return count
         # With nothing else held, one has to go: it was seen to fit by itself when it came.
         self._keep = False
+        if self._budget.held:
+            self._ask_again()
         return int(self._budget.held == 0)
+
+    def _that_fit(self, micros: Sequence[Micro]) -> int:
+        count = most_that_fit(len(micros), lambda count: self._fits_together(micros[:count]))
+        return count if count and self._fits_together(micros[:count]) else 0
+
+    def _ask_again(self) -> None:
+        """Have all jobs ask again once something of this one has waited too long."""
+        if self._reminder is not None:
+            self._reminder.cancel()
+        seconds = self._account.asks_again_in(self._clock())
+        if seconds is not None:
+            self._reminder = asyncio.get_running_loop().call_later(seconds, self._budget.tell)
 
     def _fits_together(self, micros: Sequence[Micro]) -> bool:
         """Say whether these fit, and note whether with their graphs."""
@@ -185,8 +220,8 @@ class Engine:
         return False
 
     def _need(self, micros: Sequence[Micro], *, keep: bool) -> int:
-        inputs = sum(len(micro.rows.data) for micro in micros if micro.rows is not None)
-        return self._ready.passes.held_bytes(micros, keep=keep) + inputs
+        """What clients sent is not counted: it waits with or without a pass, and `check_size` bounds it."""
+        return self._ready.passes.held_bytes(micros, keep=keep)
 
     # Passes
 
@@ -194,14 +229,15 @@ class Engine:
         """Take a cohort forward; it holds its tape then."""
         members = cohort.members
         inputs = [micro.rows for micro in members if micro.rows is not None]
-        need, input_bytes = self._need(members, keep=self._keep), sum(len(rows.data) for rows in inputs)
-        self._hold(cohort, None, need)
+        self._hold(cohort, None, self._need(members, keep=self._keep))
         try:
             work = self._ready.passes.forward(members, inputs, keep=self._keep)
             the_pass, results = await self._host.compute(work)
         finally:
             cohort.drop_tape()
-        self._hold(cohort, the_pass, 0 if the_pass is None else the_pass.nbytes + input_bytes)
+        if the_pass is not None:
+            self._hold(cohort, the_pass, the_pass.nbytes)
+            self._account.waits(cohort, self._clock())
         return results
 
     async def backward(self, cohort: Cohort) -> Results:
@@ -209,6 +245,7 @@ class Engine:
         members = [micro for micro in cohort.members if micro.phase is Phase.RETURNED]
         inputs = [micro.rows for micro in members if micro.rows is not None]
         gradients = [micro.gradient for micro in members if micro.gradient is not None]
+        self._account.is_used(cohort)
         the_pass, keep = cohort.tape, False
         if members and the_pass is None:
             keep = not self._config.recompute and self._budget.fits(self._need(members, keep=True))
@@ -223,8 +260,8 @@ class Engine:
             cohort.drop_tape()
 
     def _hold(self, cohort: Cohort, the_pass: Pass | None, nbytes: int) -> None:
-        self._budget.take(nbytes)
-        cohort.tape, cohort.nbytes, cohort.release = the_pass, nbytes, self._budget.release
+        self._account.take(nbytes)
+        cohort.tape, cohort.nbytes, cohort.release = the_pass, nbytes, self._account.release
 
     # Steps
 
@@ -253,7 +290,7 @@ class Engine:
 
     def _offers(self, shares: Sequence[Share]) -> list[Offer]:
         return [
-            Offer(share.client, share.targets, share.commit.samples, self._ends(share.tensors))
+            Offer(share.client, share.targets, share.samples, self._ends(share.tensors))
             for share in shares
             if share.commit is not None
         ]

@@ -8,7 +8,14 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from split_llama.errors import LimitExceeded, PartitionNotAllowed, UnknownJob, UsageError
+from split_llama.errors import (
+    FlLlamaError,
+    LimitExceeded,
+    PartitionNotAllowed,
+    ServerUnreachable,
+    UnknownJob,
+    UsageError,
+)
 from split_llama.extension import Guest, Host, Send
 from split_llama.layers import Segment
 from split_llama.lora import LoraConfig
@@ -22,11 +29,16 @@ from training.server.engine import MakeTrunk
 from training.server.job import Job, Surroundings
 from training.server.keys import hash_secret, new_id, new_key
 from training.server.passes import Blocks
+from training.server.size import check_size
 from training.server.store import JobRecord, Store
 from training.server.tally import Meters
 from training.strategy import make_strategy
 
 MAX_LIVE_JOBS = 64
+MAX_LIVE_JOBS_OF_ONE = 16
+RETRY_LOADING_MS = 500
+# The owner of everything on a server without API keys: nobody in particular.
+ANONYMOUS = "anonymous"
 
 log = logging.getLogger("fl_llama.training")
 
@@ -53,6 +65,8 @@ class TrainingExtension:
         self._around = Surroundings(host, self.budget, Meters(host), make_trunk, clock)
         self._jobs: dict[str, Job] = {}
         self._started = False
+        self._loaded = False
+        self._closing = False
         self._add_gauges()
 
     def _add_gauges(self) -> None:
@@ -71,8 +85,13 @@ class TrainingExtension:
 
     @property
     def jobs(self) -> list[Job]:
-        """All jobs, the oldest first."""
+        """All jobs that have been read so far, the oldest first."""
         return list(self._jobs.values())
+
+    def of_owner(self, owner: str) -> list[Job]:
+        """One owner's jobs, the oldest first. Raises `ServerUnreachable` while jobs are being read."""
+        self._check_loaded()
+        return [job for job in self.jobs if job.record.owner == owner]
 
     def router(self) -> Any:
         """Give the REST routes."""
@@ -81,17 +100,24 @@ class TrainingExtension:
         return make_router(self)
 
     def find(self, ident: str) -> Job:
-        """Look a job up. Raises `UnknownJob`, and `ServerUnreachable` while the model is being loaded."""
+        """Look a job up. Raises `UnknownJob`, and `ServerUnreachable` while model and jobs are being loaded."""
         job = self._jobs.get(ident)
         if job is None:
-            _ = self.host.checkpoint  # Until the model is there, neither are the jobs.
+            self._check_loaded()
             raise UnknownJob(f"there is no fine-tuning job {ident[:64]!r} on this server; GET /v1/jobs lists your own")
         return job
 
+    def _check_loaded(self) -> None:
+        _ = self.host.checkpoint  # Until the model is there, neither are the jobs.
+        if not self._loaded:
+            raise ServerUnreachable("the server is still reading its jobs", retry_after_ms=RETRY_LOADING_MS)
+
     async def create(self, raw: Mapping[str, Any], owner: str) -> tuple[Job, str]:
         """Make a job of a configuration; give it and its key. Raises `FlLlamaError`."""
+        self._check_loaded()
         host, config = self.host, JobConfig.parse(raw)
         self._check(config)
+        self._check_count(owner)
         key, ident = new_key(), new_id()
         geometry = host.checkpoint.config.geometry_digest()
         record = JobRecord(ident, owner, hash_secret(key), config, geometry, time.time())
@@ -111,14 +137,32 @@ class TrainingExtension:
             raise PartitionNotAllowed(
                 f"partition {config.partition} leaves blocks {plan.blocks} to the server; it hosts {self.host.blocks}"
             )
+        check_size(config, plan, self.budget.limit)
+        self._check_plugin(config)
+        make_strategy(config)
+
+    def _check_plugin(self, config: JobConfig) -> None:
         if ":" in config.strategy and config.strategy not in self.host.plugins:
             raise UsageError(
                 f"the strategy {config.strategy!r} would run code on the server: its operator can allow it with "
                 f"--extension-plugin {config.strategy}"
             )
-        make_strategy(config)
-        if sum(job.record.ended is None for job in self.jobs) >= MAX_LIVE_JOBS:
+
+    def _check_count(self, owner: str) -> None:
+        live = [job for job in self.jobs if job.record.ended is None]
+        if len(live) >= MAX_LIVE_JOBS:
             raise LimitExceeded(f"{MAX_LIVE_JOBS} fine-tuning jobs are under way; wait for one, or cancel one")
+        own = sum(job.record.owner == owner for job in live)
+        if owner != ANONYMOUS and own >= MAX_LIVE_JOBS_OF_ONE:
+            raise LimitExceeded(f"{own} fine-tuning jobs of yours are under way; wait for one, or cancel one")
+
+    async def remove(self, job: Job) -> None:
+        """Forget a job that has ended, with all its files. Raises `CacheError`."""
+        await job.over()
+        store = Store(self.host.folder)
+        await self.host.in_background(lambda: store.remove(job.record.id))
+        self._jobs.pop(job.record.id, None)
+        log.info("job removed id=%s", job.record.id)
 
     def join(self, frame: Frame, owner: str, send: Send) -> Guest:
         """Take a JOIN in: whoever has a job's key. Raises `UnknownJob`, `NotOwner`, `JobEnded` and more."""
@@ -133,21 +177,28 @@ class TrainingExtension:
         store = Store(self.host.folder)
         geometry = self.host.checkpoint.config.geometry_digest()
         for record in await self.host.in_background(store.load):
+            if self._closing:
+                return
             if record.geometry != geometry:
                 log.error("job left out: it is of another model id=%s", record.id)
             else:
                 await self._take_up(store, record)
+        self._loaded = True
 
     async def _take_up(self, store: Store, record: JobRecord) -> None:
         try:
+            # What was allowed once need not be any more.
+            self._check_plugin(record.config)
             folder = await self.host.in_background(lambda: store.open(record.id))
             job = Job(record, folder, self._around)
-        except (UsageError, PartitionNotAllowed) as error:
+        except FlLlamaError as error:
             log.error("job left out id=%s: %s", record.id, error.message)
             return
         self._jobs[record.id] = job
-        job.start()
+        if not self._closing:
+            job.start()
 
     async def close(self) -> None:
         """The server ends: every job stops in order and goes on when the server is back."""
+        self._closing = True
         await asyncio.gather(*(job.close() for job in self.jobs))

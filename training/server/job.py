@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,6 +34,8 @@ from training.server.tally import Meters
 from training.strategy import checkpoint_due, last_average, make_strategy
 
 DONE, FAILED, CANCELLED = "done", "failed", "cancelled"
+# A job that nobody has joined so long after it was made is cancelled.
+UNJOINED_DAYS = 7
 
 log = logging.getLogger("fl_llama.training")
 
@@ -54,6 +58,9 @@ class Job:
         """Raises `UsageError` for a strategy that cannot be made here."""
         config, host = record.config, around.host
         strategy = make_strategy(config)
+        if record.generation == 0:
+            # Before the job began a seat lasts as long as its connection.
+            record.seats.clear()
         self.record = record
         self.roster = Roster(
             config.clients,
@@ -100,11 +107,9 @@ class Job:
 
     @property
     def activation_bytes(self) -> int:
-        """Bytes of states, gradients and tapes that are held for what is under way."""
-        if self._course is None:
-            return 0
-        course = self._course
-        return course.ledger.input_bytes + sum(cohort.nbytes for cohort in course.book.cohorts)
+        """Bytes of tapes, of states and gradients that wait, and of messages half received or half sent."""
+        waiting = self._course.ledger.input_bytes if self._course is not None else 0
+        return waiting + self._engine.held_bytes + sum(member.nbytes for member in self.lobby.members.values())
 
     @property
     def seconds(self) -> float:
@@ -139,8 +144,16 @@ class Job:
     async def cancel(self) -> None:
         """End the job before its time; the adapters stay as they are now. Raises `JobEnded`."""
         self.lobby.check_alive()
-        self.record.ended = CANCELLED
+        self._give_up(None)
+
+    def _give_up(self, reason: str | None) -> None:
+        self.record.ended, self.record.reason = CANCELLED, reason
         self._wake.set()
+
+    async def over(self) -> None:
+        """Wait until a job that has ended has put everything in order."""
+        if self._life is not None:
+            await asyncio.wait({self._life})
 
     # Clients
 
@@ -195,6 +208,9 @@ class Job:
 
     async def _advance(self) -> bool:
         """Do the next thing; say whether there was one."""
+        if self._unjoined_for() <= 0.0:
+            self._give_up(f"nobody joined it within {UNJOINED_DAYS} days")
+            return True
         if self.record.paused:
             if self._course is not None:
                 self._course.drop_tapes()
@@ -226,12 +242,18 @@ class Job:
         now, due = self._clock.now(), [self.roster.wakes_at()]
         if self._course is not None:
             due.append(self._course.book.wakes_at)
-        times = [at - now for at in due if at is not None]
-        timeout = max(0.0, min(times)) if times and not self.record.paused else None
+        times = [at - now for at in due if at is not None and not self.record.paused]
+        timeout = max(0.0, min((*times, self._unjoined_for())))
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(timeout if timeout < math.inf else None):
                 await self._wake.wait()
         self._wake.clear()
+
+    def _unjoined_for(self) -> float:
+        """Say in how many seconds the job ends because nobody ever joined it."""
+        if self.record.generation > 0 or self.roster.seats:
+            return math.inf
+        return self.record.created + UNJOINED_DAYS * 86400 - time.time()
 
     async def _decide(self) -> Restart | None:
         if not self.roster.is_due:
@@ -254,14 +276,16 @@ class Job:
         return dict.fromkeys(self.roster.seats, self.record.step)
 
     async def _restart(self, restart: Restart) -> None:
-        record = self.record
+        record, held = self.record, self._held()
         self.lobby.renumber()
         self._end_course()
         if restart.checkpoint is not None:
             await self.keeper.restore(restart.checkpoint, restart.steps)
         else:
+            # Who goes on from another step than that of its set gets a new one.
+            await self._engine.go_on(index for index, step in restart.steps.items() if held.get(index) == step)
             await self._engine.go_on(restart.steps)
-        record.generation += 1
+        record.generation = max(record.generation, self.lobby.newest) + 1
         record.step = min(restart.steps.values())
         await self.keeper.write()
         rows = await self._known_ends(restart)
@@ -270,6 +294,9 @@ class Job:
         present = len(restart.steps)
         log.info("job starts id=%s step=%d clients=%d state=%s", record.id, record.step, present, how)
         self.lobby.tell_start(record.generation, restart, rows)
+        if self._course.ledger.is_complete:
+            # The server was killed between the last checkpoint and the word that the job is done.
+            record.ended = DONE
 
     async def _known_ends(self, restart: Restart) -> dict[int, bytes]:
         """Give A's and C's weights, where they are shared, at the steps at which the server knows them.

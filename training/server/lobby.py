@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Mapping
 
 from split_llama.config import BlockRange
-from split_llama.errors import FlLlamaError, PartitionNotAllowed
+from split_llama.errors import BadRequest, FlLlamaError, PartitionNotAllowed
 from split_llama.extension import Host, Send
 from split_llama.wire.codec import Codec
 from split_llama.wire.frame import Kind
@@ -19,9 +19,15 @@ from training.server.keys import hash_secret
 from training.server.member import Member, ended
 from training.server.store import JobRecord
 
+# How far a client's generation may be ahead of the one that the server knows: job.json's newest content can be lost.
+MAX_GENERATIONS_AHEAD = 1000
+
 
 class Lobby:
-    """The members of one job by their numbers, and its roster. `wake` is called whenever that changes."""
+    """The members of one job by their numbers, and its roster. `wake` is called whenever that changes.
+
+    `newest` is the highest generation that anybody was in, as far as is known.
+    """
 
     def __init__(
         self,
@@ -34,6 +40,7 @@ class Lobby:
     ) -> None:
         self.members: dict[int, Member] = {}
         self.roster = roster
+        self.newest = record.generation
         self._record = record
         self._plan = plan
         self._host = host
@@ -95,9 +102,11 @@ class Lobby:
             member.turn_away(seq, error)
 
     def _seat(self, member: Member, join: Join) -> None:
+        known = self._record.generation
+        if join.generation > known + MAX_GENERATIONS_AHEAD:
+            raise BadRequest(f"generation {join.generation} of the job was never; {known} is the newest one known here")
         seat = self.roster.join(join.client, hash_secret(join.secret), join.samples, join.have, self._clock.now())
-        # After a loss of job.json's newest content a client may know a later generation.
-        self._record.generation = max(self._record.generation, join.generation)
+        self.newest = max(self.newest, known, join.generation)
         former = self.members.pop(seat.index, None)
         if former is not None:
             former.end("this client joined again from another connection")

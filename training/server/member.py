@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from split_llama.errors import BadRequest, FlLlamaError, JobEnded
+from split_llama.errors import BadRequest, FlLlamaError, JobEnded, SlowReader
 from split_llama.extension import Send
 from split_llama.wire.codec import Codec, row_bytes
 from split_llama.wire.control import Payload, error_frame
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
     from training.server.lobby import Lobby
 
 TAKEN = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.STEP})
+# Adapters' weights that may wait for a client to read them, one message more or less: each step brings new ones, and
+# nothing else bounds how far a client may be behind.
+UNREAD_BYTES = 64 * 2**20
+# Answers that may wait, as a multiple of `max_micros`: who reads its answers before it goes on has one for each
+# micro-batch under way, and once more after a restart.
+UNREAD_WINDOWS = 4
+ANSWERS = frozenset({Kind.FORWARD, Kind.BACKWARD})
 
 
 class Member:
@@ -42,11 +50,20 @@ class Member:
         self._width = width
         self._max_frame_bytes = max_frame_bytes
         self._assembler = Assembler(width, max_rows)
+        self._unread: Counter[Kind] = Counter()
+        self._answers = 0
+        self._max_answers = UNREAD_WINDOWS
+        self._given_up = False
 
     @property
     def is_busy(self) -> bool:
         """Say whether answers are still to come."""
         return not self.gone and (self.seat is None or self._busy(self.seat.index))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of messages that are not complete yet, and of those that are not sent yet."""
+        return self._assembler.nbytes + self._unread.total()
 
     def receive(self, frame: Frame) -> None:
         """Take a frame. Raises `RequestRefused`."""
@@ -82,13 +99,31 @@ class Member:
         return message
 
     def send_again(self, message: Message) -> None:
-        """Send a message."""
-        if not self.gone:
-            for frame in cut(message, 0, self._width, self._max_frame_bytes):
-                self._send(frame)
+        """Send a message: cut up while it is sent. A client too far behind loses its connection instead."""
+        if self.gone or self._given_up:
+            return
+        if self._is_behind(message):
+            self._given_up = True
+            self._send(_too_slow(self._unread.total()))
+            return
+        self._unread[message.kind] += len(message.rows)
+        self._answers += message.kind in ANSWERS
+        self._send(self._frames(message))
+
+    def _is_behind(self, message: Message) -> bool:
+        """Say whether too much waits already for one more message to wait."""
+        if message.kind in ANSWERS:
+            return self._answers >= self._max_answers
+        return bool(message.count) and self._unread[Kind.REPLY] + self._unread[Kind.RESYNC] > UNREAD_BYTES
+
+    def _frames(self, message: Message) -> Iterator[Frame]:
+        yield from cut(message, 0, self._width, self._max_frame_bytes)
+        self._unread[message.kind] -= len(message.rows)
+        self._answers -= message.kind in ANSWERS
 
     def welcome(self, joined: Joined) -> None:
         """Answer JOIN: a frame of JSON alone."""
+        self._max_answers = UNREAD_WINDOWS * joined.max_micros
         if not self.gone:
             self._send(Frame(Kind.JOIN, payload=joined.to_bytes()))
 
@@ -106,6 +141,12 @@ class Member:
         """Say that the job is over, or that this client is no part of it any more."""
         self.send(Kind.CLOSE, 0, End(reason=reason))
         self.gone = True
+
+
+def _too_slow(unread: int) -> Iterator[Frame]:
+    """End the connection when it is this message's turn."""
+    raise SlowReader(f"{unread} bytes of answers and adapters wait unread: too many; read them while you send")
+    yield  # A generator: nothing is raised before somebody asks.
 
 
 def ended(what: str) -> JobEnded:

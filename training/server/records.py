@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -95,11 +96,17 @@ class Cohort:
 
 @dataclass(slots=True, eq=False)
 class Share:
-    """All of one client in one step. `out` means that it is left out; `tensors` came with the commit."""
+    """All of one client in one step. `out` means that it is left out; `tensors` came with the commit.
+
+    `newest` is the highest number of its micro-batches, -1 before the first; `answered` are those whose backward's
+    answer is kept.
+    """
 
     client: int
     step: int
     micros: dict[int, Micro] = field(default_factory=dict)
+    newest: int = -1
+    answered: deque[Micro] = field(default_factory=deque)
     commit: Commit | None = None
     committed_at: float = 0.0
     tensors: Any = None
@@ -110,12 +117,17 @@ class Share:
         """Say whether more may come of it."""
         return self.commit is None and not self.out
 
-    @property
-    def is_settled(self) -> bool:
-        """Say whether everything that the client took back has been added."""
-        return all(micro.phase in SETTLED for micro in self.micros.values())
+    def add(self, micro: Micro) -> None:
+        """Take a micro-batch in."""
+        self.micros[micro.number] = micro
+        self.newest = max(self.newest, micro.number)
 
     @property
     def targets(self) -> int:
         """How many target tokens were added."""
         return sum(micro.targets for micro in self.micros.values() if micro.phase is Phase.DONE)
+
+    @property
+    def samples(self) -> int:
+        """How many samples were added: what counts is what was computed, whatever the commit says."""
+        return sum(len(micro.lengths) for micro in self.micros.values() if micro.phase is Phase.DONE)

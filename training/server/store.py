@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,6 +121,19 @@ class Store:
     def open(self, ident: str) -> JobFolder:
         """Give a job's folder, made if there is none. Raises `CacheError`."""
         return JobFolder(self._folder / ident, ident)
+
+    def remove(self, ident: str) -> None:
+        """Remove a job's folder, if there is one; checkpoints go first, while job.json still says whose they are.
+
+        Raises `CacheError`.
+        """
+        path = self._folder / ident
+        try:
+            for part in (path / "checkpoints", path):
+                if part.exists():
+                    shutil.rmtree(part)
+        except OSError as error:
+            raise CacheError(f"{path} cannot be removed: {error.strerror or error}") from error
 
     def load(self) -> list[JobRecord]:
         """Read all jobs, the oldest first; one that cannot be read is logged and left where it is."""

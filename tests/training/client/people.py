@@ -37,6 +37,12 @@ from training.strategy import make_strategy
 
 SECRET = bytes(range(32))
 PATIENCE = 60.0
+STRATEGIES = [
+    {"strategy": "client-batch"},
+    {"strategy": "sequential"},
+    {"strategy": "client-batch", "shared": "A,B,C"},
+    {"strategy": "sequential", "shared": "A,B,C", "turn_steps": 2},
+]
 
 
 def job(**changes: Any) -> JobConfig:
@@ -117,6 +123,7 @@ class Someone:
         self.watcher = Notes()
         self.member: Member | None = None
         self.link: JobLink | None = None
+        self.compute: Callable[..., Any] | None = None
 
     async def run(self) -> str:
         transport = InProcessTransport(self.fake.accept)
@@ -126,6 +133,8 @@ class Someone:
 
             def compute(work: Callable[[], Any], /) -> asyncio.Future[Any]:
                 return event_loop.run_in_executor(executor, work)
+
+            self.compute = compute
 
             def member(joined: Joined) -> tuple[Member, Pipeline]:
                 self.member = Member(joined.index, self.config, self.strategy, self.state, compute, self.fake.width)
@@ -147,7 +156,9 @@ class Someone:
             finally:
                 await transport.aclose()
 
-    def _join(self) -> Join:
+    async def _join(self) -> Join:
+        assert self.compute is not None, "it runs"
+        have = await self.compute(self.state.have)
         return Join(
             job="job",
             key="key",
@@ -155,7 +166,7 @@ class Someone:
             secret="a" * 64,
             blocks=(1, 3),
             samples=10,
-            have=self.state.have(),
+            have=have,
         )
 
     def weights(self) -> dict[str, Tensor]:
@@ -189,3 +200,19 @@ def all_weights(fake: FakeJob, people: Sequence[Someone]) -> list[dict[str, Tens
     """All weights of a job: B's, then each client's."""
     shared = {name: weight.detach().clone() for name, weight in fake.optimizer.weights.items()}
     return [shared, *(someone.weights() for someone in people)]
+
+
+async def undisturbed(model: Path, folder: Path, **config: Any) -> list[dict[str, Tensor]]:
+    fake = FakeJob(model, job(**config))
+    people = [Someone(fake, name, folder) for name in ("ann", "bob")]
+    assert await to_the_end(*people) == ["the job is done"] * 2
+    return all_weights(fake, people)
+
+
+def equal(left: list[dict[str, Tensor]], right: list[dict[str, Tensor]]) -> bool:
+    return all(same(a, b) for a, b in zip(left, right, strict=True))
+
+
+async def true_after(action: Any) -> bool:
+    await action
+    return True

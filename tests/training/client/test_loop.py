@@ -10,37 +10,30 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyCheckpoint
-from torch import Tensor
 
 from split_llama.errors import CacheError, JobEnded, NonFiniteStates, NotOwner, ServerUnreachable
 from split_llama.wire.control import error_frame
 from split_llama.wire.frame import Kind
 from split_llama.wire.training import Backward, Forward, Message
 from tests.training.client.fake_job import FakeJob, Seat
-from tests.training.client.people import PATIENCE, Someone, all_weights, job, running, same, to_the_end
-
-STRATEGIES = [
-    {"strategy": "client-batch"},
-    {"strategy": "sequential"},
-    {"strategy": "client-batch", "shared": "A,B,C"},
-    {"strategy": "sequential", "shared": "A,B,C", "turn_steps": 2},
-]
+from tests.training.client.people import (
+    PATIENCE,
+    STRATEGIES,
+    Someone,
+    all_weights,
+    equal,
+    job,
+    running,
+    same,
+    to_the_end,
+    true_after,
+    undisturbed,
+)
 
 
 @pytest.fixture
 def model(tiny_checkpoint: TinyCheckpoint) -> Path:
     return tiny_checkpoint()
-
-
-async def undisturbed(model: Path, folder: Path, **config: Any) -> list[dict[str, Tensor]]:
-    fake = FakeJob(model, job(**config))
-    people = [Someone(fake, name, folder) for name in ("ann", "bob")]
-    assert await to_the_end(*people) == ["the job is done"] * 2
-    return all_weights(fake, people)
-
-
-def equal(left: list[dict[str, Tensor]], right: list[dict[str, Tensor]]) -> bool:
-    return all(same(a, b) for a, b in zip(left, right, strict=True))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
@@ -87,7 +80,7 @@ async def test_a_cut_connection_or_a_killed_server_changes_no_weight(
         left[0] -= 1
         if left[0]:
             return None
-        return _true_after(fake.crash() if fault == "crash" else fake.cut_off(seat.index))
+        return true_after(fake.crash() if fault == "crash" else fake.cut_off(seat.index))
 
     fake = FakeJob(model, job(accumulate=2, **strategy), hook=hook)
     people = [Someone(fake, name, tmp_path / "faulty") for name in ("ann", "bob")]
@@ -95,11 +88,6 @@ async def test_a_cut_connection_or_a_killed_server_changes_no_weight(
     assert left == [0]
     assert fake.generation == 2
     assert equal(expected, all_weights(fake, people))
-
-
-async def _true_after(action: Any) -> bool:
-    await action
-    return True
 
 
 async def test_an_outcome_that_was_not_heard_goes_back_no_further_than_it(model: Path, tmp_path: Path) -> None:
@@ -220,7 +208,7 @@ async def test_a_micro_batch_the_server_refuses_is_left_out_of_the_commit(model:
             header = Forward.from_bytes(message.header)
             if (seat.index, header.step, header.micro) == (0, 1, 0):
                 refusal = error_frame(seat.handle, message.seq, NonFiniteStates("NaN in row 3"))
-                return _true_after(seat.channel.send(refusal.encode()))
+                return true_after(seat.channel.send(refusal.encode()))
         return None
 
     fake = FakeJob(model, job(accumulate=2), hook=hook)
@@ -238,9 +226,9 @@ async def test_a_step_that_was_closed_without_a_client_is_abandoned(model: Path,
     def hook(seat: Seat, message: Message) -> Any:
         if message.kind is Kind.FORWARD and seat.index == 1 and fake.step == 1:
             held.append(message)
-            return _true_after(fake.close_step(frozenset({1}))) if fake.committed else True
+            return true_after(fake.close_step(frozenset({1}))) if fake.committed else True
         if message.kind is Kind.STEP and seat.index == 0 and fake.step == 1 and held:
-            return _true_after(_commit_alone(seat, message))
+            return true_after(_commit_alone(seat, message))
         return None
 
     async def _commit_alone(seat: Seat, message: Message) -> None:
@@ -311,7 +299,7 @@ async def test_a_job_that_was_cancelled_ends_its_clients(model: Path, tmp_path: 
     def hook(seat: Seat, message: Message) -> Any:
         if message.kind is Kind.FORWARD and fake.step == 1:
             refusal = error_frame(seat.handle, message.seq, JobEnded("the job was cancelled"))
-            return _true_after(seat.channel.send(refusal.encode()))
+            return true_after(seat.channel.send(refusal.encode()))
         return None
 
     fake = FakeJob(model, job(clients=1), hook=hook)

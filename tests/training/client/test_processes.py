@@ -19,6 +19,7 @@ import torch
 from live_server import free_port, start_server
 from torch import Tensor
 
+from split_llama.errors import JobEnded
 from split_llama.lora import read_adapter
 from training.client.jobs import JobKey, JobsClient
 from training.job_config import JobConfig
@@ -181,3 +182,20 @@ def test_wrong_data_is_told_by_file_and_line_before_anybody_is_asked(tmp_path: P
     assert ended.returncode == 2
     assert f"{file}, line 2" in ended.stderr
     assert not list(tmp_path.glob("client-*"))
+
+
+def test_a_client_that_is_alone_says_so_and_what_was_never_trained_is_no_result(tmp_path: Path, secrets: Path) -> None:
+    with party(tmp_path / "run", secrets) as run:
+        run.start_client("0")
+        run.wait(lambda: "waiting for 1 more client (1 of 2 are here)" in run.log("0"))
+        run.processes["0"].send_signal(signal.SIGINT)
+        assert run.processes.pop("0").wait(timeout=30) == 130
+        assert "left before the job began" in run.log("0")
+        with JobsClient.of(run.settings) as jobs:
+            jobs.cancel(run.job)
+        for name, said in (("0", "after step 0 of 24"), ("1", "the job is cancelled and nobody can join it any more")):
+            run.start_client(name)
+            assert run.processes.pop(name).wait(timeout=60) == JobEnded.exit_code
+            assert said in run.log(name)
+        assert not (run.folder / "client-0" / "adapter").exists()
+        assert not (run.folder / "client-1").exists()

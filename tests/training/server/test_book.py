@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from split_llama.errors import BadRequest, UnknownStep, WindowExceeded
@@ -23,6 +23,41 @@ ROWS = Rows(Codec.FP32, 4, b"1234")
 
 def everything(micros: Sequence[Micro]) -> int:
     return len(micros)
+
+
+FIRST = Forward(generation=1, step=1, micro=0, of=1, targets=2, lengths=(4,))
+
+
+def count(ledger: Ledger) -> int:
+    return sum(len(shares) for shares in ledger._shares.values())
+
+
+class Looks:
+    """Counts how many entries of a dictionary are gone through."""
+
+    def __init__(self) -> None:
+        self.most = 0
+
+    def at(self, entries: dict[int, Micro]) -> dict[int, Micro]:
+        looks = self
+
+        class Watched(dict[int, Micro]):
+            def _look(self) -> None:
+                looks.most = max(looks.most, len(self))
+
+            def __iter__(self) -> Any:
+                self._look()
+                return super().__iter__()
+
+            def values(self) -> Any:
+                self._look()
+                return super().values()
+
+            def items(self) -> Any:
+                self._look()
+                return super().items()
+
+        return entries if isinstance(entries, Watched) else Watched(entries)
 
 
 class Desk:
@@ -313,14 +348,83 @@ def test_a_client_has_answers_to_come_unless_it_is_its_own_move() -> None:
 
 
 def test_commits_far_ahead_are_refused() -> None:
-    desk = Desk(clients=1, steps=MAX_AHEAD + 10)
+    desk = Desk(clients=1, steps=2 * MAX_AHEAD)
+    for step in range(1, MAX_AHEAD + 2):
+        desk.commit(0, step)
     with pytest.raises(WindowExceeded):
-        desk.commit(0, step=MAX_AHEAD + 2)
+        desk.commit(0, MAX_AHEAD + 2)
+    assert isinstance(desk.do(), CloseStep)
+    desk.commit(0, MAX_AHEAD + 2)
+
+
+def test_a_turn_that_is_far_away_can_be_prepared() -> None:
+    desk = Desk(clients=2, strategy="sequential", turn_steps=2 * MAX_AHEAD, steps=5 * MAX_AHEAD)
+    desk.forward(1, step=2 * MAX_AHEAD + 1)
+    assert desk.do() is None
+
+
+def test_what_is_refused_leaves_nothing_behind() -> None:
+    desk = Desk(clients=1, steps=2**31 - 1)
+    desk.ledger.forward(0, FIRST, 1, ROWS, 0.0)
+    for step in range(2, 3000):
+        with pytest.raises(BadRequest):
+            desk.forward(0, step, micro=5)
+        with pytest.raises(BadRequest):
+            desk.commit(0, step, tensors=ROWS)
+    assert count(desk.ledger) == 1
+    refused = 0
+    for step in range(2, 3000):
+        try:
+            desk.ledger.reject(0, step)
+        except WindowExceeded:
+            refused += 1
+    assert count(desk.ledger) == 1 + MAX_AHEAD
+    assert refused == 2998 - MAX_AHEAD
+
+
+def test_a_step_of_very_many_micro_batches_costs_what_is_under_way() -> None:
+    """Nothing that is asked for every message looks at all numbers of a step, sent or not."""
+    desk = Desk(clients=2, accumulate=65535, deadline_seconds=None)
+    looks = Looks()
+    for number in range(1000):
+        for client in (0, 1):
+            desk.forward(client, micro=number)
+        share = desk.ledger.share(0, 1)
+        share.micros = looks.at(share.micros)
+        assert clients(desk.do()) == [0, 1]
+        for client in (0, 1):
+            desk.backward(client, micro=number)
+        assert isinstance(desk.do(), GoBack)
+        assert desk.do() is None
+        assert desk.ledger.input_bytes == 0
+    assert looks.most == 0
+    assert desk.ledger.share(0, 1).targets == 2000
+    assert looks.most == 1000
+
+
+def test_what_was_added_counts_whatever_a_commit_says() -> None:
+    desk = Desk(clients=1, accumulate=2)
+    desk.there(0, micro=0)
+    desk.there(0, micro=1)
+    for micro in (0, 1):
+        desk.backward(0, micro=micro)
+    # Right behind the gradients; then the second of them turns out to be of no use.
+    desk.commit(0)
+    first = desk.next()
+    assert isinstance(first, GoBack)
+    first.cohort.members[0].settle(Phase.DONE)
+    second = desk.next()
+    assert isinstance(second, GoBack)
+    second.cohort.members[0].settle(Phase.VOID)
+    close = desk.do()
+    assert isinstance(close, CloseStep)
+    assert [(share.samples, share.targets) for share in close.shares] == [(1, 2)]
 
 
 STRATEGIES = st.sampled_from(["sequential", "client-batch", "server-hierarchical"])
 
 
+@settings(deadline=None)
 @given(STRATEGIES, st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.randoms(use_true_random=False))
 def test_whatever_comes_first_every_step_is_made_of_everything(
     strategy: str, count: int, accumulate: int, max_micros: int, random: Any

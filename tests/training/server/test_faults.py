@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from split_llama.errors import (
 from split_llama.wire.codec import Codec, encode_rows
 from split_llama.wire.control import error_from_frame
 from split_llama.wire.frame import Frame, Kind
-from split_llama.wire.training import Backward, Forward, Join, Message
+from split_llama.wire.training import Backward, Commit, Forward, Join, Message
 from tests.training.server.central import Central, joined
 from tests.training.server.conftest import MakeWorld
 from tests.training.server.world import Client, World, adapters, batches, begin, close_to, config_of, same, train, until
@@ -323,7 +323,7 @@ async def test_two_jobs_do_not_disturb_each_other(world: World) -> None:
 
 
 async def test_what_is_held_stays_below_the_bound(world: World) -> None:
-    config = config_of(strategy="client-batch", clients=3, accumulate=3, max_micros=3, steps=3)
+    config = config_of(strategy="client-batch", clients=3, accumulate=3, max_micros=3, steps=3, max_length=10)
     reference, _ = await train(world, config)
     held: list[int] = []
     take = world.extension.budget.take
@@ -342,8 +342,8 @@ async def test_what_is_held_stays_below_the_bound(world: World) -> None:
         assert max(held) <= bound
         close_to(await adapters(job), await adapters(reference), 1e-6)
     assert world.extension.budget.held == 0
-    world.host.memory_bytes = 1000
     _, clients = await begin(world, config)
+    world.host.memory_bytes = 1000
     await until(lambda: any(client.errors for client in clients))
     assert all(isinstance(error, LimitExceeded) for client in clients for error in client.errors)
 
@@ -408,8 +408,11 @@ async def test_who_may_join_and_who_may_not(world: World) -> None:
     _, other_key = await world.create(config_of(clients=1))
     sent: list[Frame] = []
 
+    def take(frames: Frame | Iterator[Frame]) -> None:
+        sent.extend((frames,) if isinstance(frames, Frame) else frames)
+
     def join(ident: str, its_key: str, **fields: Any) -> Any:
-        return world.extension.join(join_frame(ident, its_key, **fields), "somebody", sent.append)
+        return world.extension.join(join_frame(ident, its_key, **fields), "somebody", take)
 
     with pytest.raises(NotOwner, match="not the key"):
         join(job.record.id, other_key)
@@ -460,6 +463,69 @@ async def test_cancelled_clients_are_told_and_the_adapters_stay(world: World) ->
     assert any(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
     with pytest.raises(JobEnded):
         await job.pause()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+async def test_samples_are_counted_not_believed(world: World, accumulate: int) -> None:
+    def lie(client: Client, message: Message) -> Message | None:
+        header = json.dumps(json.loads(message.header) | {"samples": 2**32 - 1}).encode()
+        return Message(message.kind, message.seq, header, message.codec, message.count, message.rows)
+
+    config = config_of(strategy="server-hierarchical", clients=2, average_every=2, accumulate=accumulate)
+    reference, _ = await train(world, config)
+    job, _ = await train(world, config, spoil=of("client-1", Kind.STEP, lie))
+    assert [job.record.tally.member(index).samples for index in (0, 1)] == [8 * accumulate] * 2
+    assert job.record.tally.samples == 16 * accumulate
+    close_to(await adapters(job), await adapters(reference), 1e-6)
+
+
+async def test_a_micro_batch_that_is_void_behind_an_early_commit_does_not_count(world: World) -> None:
+    """The client commits right behind its gradients; one of them then turns out not to be finite."""
+    backs: dict[str, int] = {}
+
+    def early(client: Client, message: Message) -> Message | None:
+        if message.kind is Kind.STEP:
+            return None
+        if message.kind is Kind.BACKWARD and client.name == "client-1":
+            backs[client.name] = backs.get(client.name, 0) + 1
+            if backs[client.name] <= 2:
+                client.post(scaled(message, float("nan") if backs[client.name] == 2 else 1.0, world.width))
+                if backs[client.name] == 2:
+                    commit(client)
+                return None
+        return message
+
+    def commit(client: Client) -> None:
+        header = Commit(generation=1, step=1, samples=4, targets=100, loss=1.0)
+        client.post(Message(Kind.STEP, 99, header.model_dump_json().encode()))
+
+    config = config_of(strategy="client-batch", clients=2, steps=1, accumulate=2, shared="B")
+    job, clients = await begin(world, config, spoil=early)
+    await until(lambda: backs.get("client-1") == 2 and job.activation_bytes >= 0)
+    clients[0].spoil = lambda client, message: message
+    await until(lambda: bool(clients[0].losses))
+    commit(clients[0])
+    for client in clients:
+        assert await client.ended() == "done"
+    assert [job.record.tally.member(index).samples for index in (0, 1)] == [4, 2]
+    assert NonFiniteStates in {type(error) for error in clients[1].errors}
+    assert clients[1].outcomes[0].included
+
+
+async def test_a_generation_that_never_was_is_refused(world: World) -> None:
+    job, key = await world.create(config_of(strategy="client-batch", clients=2))
+    one = world.client("a", job, key)
+    one.generation = 2**32 - 1
+    one.start()
+    await until(lambda: bool(one.errors))
+    assert isinstance(one.errors[0], BadRequest)
+    # One that may have been, before job.json's newest content was lost, is taken, and gone beyond.
+    one.generation = 7
+    one.again()
+    other = world.client("b", job, key).start()
+    for client in (one, other):
+        assert await client.ended() == "done"
+    assert job.record.generation == 8
 
 
 class Broken:

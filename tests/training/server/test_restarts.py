@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from typing import Any
 
 import pytest
 from torch import Tensor
 
-from split_llama.errors import CacheError
+from split_llama.errors import CacheError, ServerUnreachable, UnknownJob
 from tests.training.server.world import (
     Client,
+    FakeHost,
     World,
     adapters,
     begin,
@@ -21,7 +24,8 @@ from tests.training.server.world import (
 )
 from training.checkpoints import Checkpoints
 from training.job_config import JobConfig
-from training.server.job import Job
+from training.server.extension import TrainingExtension
+from training.server.job import UNJOINED_DAYS, Job
 
 STRATEGIES = ["sequential", "client-batch", "server-hierarchical"]
 
@@ -204,3 +208,91 @@ async def test_jobs_of_another_model_and_damaged_ones_are_left_where_they_are(wo
     assert world.extension.jobs == []
     assert mine.exists()
     assert broken.exists()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+async def test_a_server_that_is_killed_before_it_says_that_a_job_is_done_says_so_later(
+    world: World, strategy: str
+) -> None:
+    job, clients = await train(world, config(strategy, steps=3))
+    weights = await adapters(job)
+    await world.extension.close()
+    file = world.files / job.record.id / "job.json"
+    raw = json.loads(file.read_text())
+    file.write_text(json.dumps(raw | {"ended": None}))
+    await world.restart()
+    job = world.extension.find(job.record.id)
+    for client in clients:
+        client.job, client.reason = job, None
+        client.again()
+    for client in clients:
+        async with asyncio.timeout(20):
+            assert await client.ended() == "done"
+    same(weights, await adapters(job))
+
+
+async def test_while_jobs_are_being_read_a_client_is_told_to_ask_again(world: World) -> None:
+    job, _ = await world.create(config("client-batch"))
+    await world.extension.close()
+    world.extension = extension = TrainingExtension(world.host)
+    reading = asyncio.create_task(extension.start())
+    await asyncio.sleep(0)
+    for ask in (lambda: extension.find(job.record.id), lambda: extension.of_owner("somebody")):
+        with pytest.raises(ServerUnreachable) as refused:
+            ask()
+        assert refused.value.retry_after_ms > 0
+    with pytest.raises(ServerUnreachable):
+        await world.create(config("client-batch"))
+    await reading
+    assert [each.record.id for each in extension.of_owner("somebody")] == [job.record.id]
+    with pytest.raises(UnknownJob):
+        extension.find("job-0")
+
+
+async def test_code_that_is_no_longer_allowed_is_not_run_after_a_restart(world: World) -> None:
+    named = "tests.training.server.own_strategy:Everybody"
+    world.host.plugins = (named,)
+    job, _ = await world.create(config_of(strategy=named))
+    await world.restart()
+    assert world.extension.jobs == []
+    host = FakeHost(world.folder, world.files)
+    host.plugins = (named,)
+    await world.restart(host)
+    assert [each.record.id for each in world.extension.jobs] == [job.record.id]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("server_too", [False, True])
+async def test_who_lost_all_its_states_costs_the_others_nothing(world: World, strategy: str, server_too: bool) -> None:
+    job, clients = await begin(world, config(strategy, steps=24))
+    await until(lambda: job.record.step >= 10)
+    await clients[1].kill()
+    clients[1].saved = {}
+    if server_too:
+        clients[0].drop()
+        await world.restart()
+        job = world.extension.find(job.record.id)
+        clients[0].job = clients[1].job = job
+        clients[0].again()
+    clients[1].again()
+    for client in clients:
+        assert await client.ended() == "done"
+    assert clients[0].starts[-1].step >= (6 if server_too else 9)
+    assert clients[0].starts[-1].restore
+    if strategy != "sequential":
+        assert not clients[1].starts[-1].restore
+    weights = await adapters(job)
+    for client in clients:
+        same(client.weights, {name: weights[name] for name in client.weights if name in weights} or client.weights)
+
+
+async def test_a_job_that_nobody_joins_ends_and_its_place_is_free(world: World) -> None:
+    job, _ = await world.create(config("client-batch"))
+    joined, clients = await begin(world, config("client-batch", steps=100))
+    await until(lambda: joined.record.step >= 1)
+    for each in (job, joined):
+        each.record.created -= UNJOINED_DAYS * 86400 + 1
+    await job.pause()
+    await until(lambda: job.state == "cancelled")
+    assert "nobody joined" in str(job.record.reason)
+    assert await clients[0].ended() == "done"

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from split_llama.errors import FlLlamaError
 from split_llama.lora import parse_adapter
 from tests.training.server.world import World, adapters, config_of, same, until
+from training.server.extension import MAX_LIVE_JOBS_OF_ONE
 
 CREATOR = {"Authorization": "Bearer alice"}
 OTHER = {"Authorization": "Bearer bob"}
@@ -125,3 +126,50 @@ async def test_code_that_a_client_names_runs_only_where_the_operator_allows_it(
     assert f"--extension-plugin {named}" in refused.json()["message"]
     world.host.plugins = (named,)
     assert (await rest.post("/v1/jobs", json=job, headers=CREATOR)).status_code == 200
+
+
+async def test_a_member_sees_a_job_and_its_creator_alone_changes_it(rest: httpx.AsyncClient) -> None:
+    made = (await rest.post("/v1/jobs", json=body(), headers=CREATOR)).json()
+    path, member = f"/v1/jobs/{made['id']}", OTHER | {"X-FL-Job-Key": made["key"]}
+    assert (await rest.get(path, headers=member)).status_code == 200
+    assert (await rest.get(f"{path}/adapter", headers=member)).status_code == 200
+    for method, change in (("POST", "/pause"), ("POST", "/resume"), ("DELETE", "")):
+        refused = await rest.request(method, path + change, headers=member)
+        assert (refused.status_code, refused.json()["error"]) == (403, "NotOwner"), change
+        assert (await rest.request(method, path + change, headers=CREATOR)).status_code == 200
+
+
+async def test_without_api_keys_the_jobs_key_changes_it(rest: httpx.AsyncClient) -> None:
+    made = (await rest.post("/v1/jobs", json=body(), headers=NOBODY)).json()
+    path, headers = f"/v1/jobs/{made['id']}", NOBODY | {"X-FL-Job-Key": made["key"]}
+    assert (await rest.post(f"{path}/pause", headers=headers)).json()["state"] == "paused"
+    assert (await rest.delete(path, headers=NOBODY)).json()["error"] == "NotOwner"
+    assert (await rest.delete(path, headers=headers)).json()["state"] == "cancelled"
+
+
+async def test_a_job_that_has_ended_can_be_removed_with_all_its_files(world: World, rest: httpx.AsyncClient) -> None:
+    made = (await rest.post("/v1/jobs", json=body(clients=1, steps=1000), headers=CREATOR)).json()
+    path, job = f"/v1/jobs/{made['id']}", world.extension.find(made["id"])
+    client = world.client("one", job, made["key"]).start()
+    await until(lambda: job.record.step >= 2)
+    first = (await rest.delete(path, headers=CREATOR)).json()
+    assert (first["state"], first["removed"]) == ("cancelled", False)
+    # Right behind it: what the job still writes is waited for.
+    second = (await rest.delete(path, headers=CREATOR)).json()
+    assert second["removed"]
+    assert await client.ended() == "cancelled"
+    assert not (world.files / made["id"]).exists()
+    assert (await rest.get(path, headers=CREATOR)).json()["error"] == "UnknownJob"
+    assert (await rest.get("/v1/jobs", headers=CREATOR)).json()["data"] == []
+    await world.restart()
+    assert world.extension.jobs == []
+
+
+async def test_one_owner_cannot_take_all_places(rest: httpx.AsyncClient) -> None:
+    for _ in range(MAX_LIVE_JOBS_OF_ONE):
+        made = (await rest.post("/v1/jobs", json=body(), headers=CREATOR)).json()
+    refused = await rest.post("/v1/jobs", json=body(), headers=CREATOR)
+    assert (refused.status_code, refused.json()["error"]) == (429, "LimitExceeded")
+    assert (await rest.post("/v1/jobs", json=body(), headers=OTHER)).status_code == 200
+    await rest.delete(f"/v1/jobs/{made['id']}", headers=CREATOR)
+    assert (await rest.post("/v1/jobs", json=body(), headers=CREATOR)).status_code == 200

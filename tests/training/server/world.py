@@ -239,7 +239,13 @@ class Client:
         assert self.reason is not None
         return self.reason
 
-    def _receive(self, frame: Frame, inbox: asyncio.Queue[Message | Joined | tuple[int, FlLlamaError]]) -> None:
+    def _receive(
+        self, sent: Frame | Iterator[Frame], inbox: asyncio.Queue[Message | Joined | tuple[int, FlLlamaError]]
+    ) -> None:
+        for frame in (sent,) if isinstance(sent, Frame) else sent:
+            self._receive_frame(frame, inbox)
+
+    def _receive_frame(self, frame: Frame, inbox: asyncio.Queue[Message | Joined | tuple[int, FlLlamaError]]) -> None:
         if frame.kind is Kind.JOIN:
             inbox.put_nowait(Joined.from_bytes(frame.payload))
         elif frame.kind is Kind.ERROR:
