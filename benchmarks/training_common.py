@@ -228,7 +228,7 @@ class Job:
             records = [json.loads(line) for line in lines]
             notes = [record["note"] for record in records if "note" in record]
             trouble = [note for note in notes if not note.startswith("waiting for")]
-    assert not trouble, f"client {number}: {trouble[:3]}"
+            assert not trouble, f"client {number}: {trouble[:3]}"
             logs.append([record for record in records if "step" in record])
         return Finished(logs, self.status())
 
