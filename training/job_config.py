@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from split_llama.config import BlockRange, Partition
 from split_llama.errors import UsageError
 from split_llama.lora import LoraConfig
-from split_llama.settings import nearest
+from split_llama.settings import closest, nearest
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 # As many sequences as the header of FORWARD may list.
@@ -148,6 +148,8 @@ class JobConfig(_Part):
 
 
 def _say(fault: Any) -> str:
-    known = list(JobConfig.model_fields)
-    hint = nearest(str(fault["loc"][-1]), known) if fault["type"] == "extra_forbidden" else ""
-    return f"{fault['msg']}{hint}"
+    if fault["type"] != "extra_forbidden":
+        return str(fault["msg"]).removeprefix("Value error, ")
+    parts: dict[str, type[_Part]] = {"lora.": LoraPart, "optimizer.": OptimizerPart, "": JobConfig}
+    known = [f"{prefix}{name}" for prefix, part in parts.items() for name in part.model_fields]
+    return f"there is no such key{closest('.'.join(map(str, fault['loc'])), known)}"

@@ -70,6 +70,7 @@ def read_records(out: Path, name: str) -> list[dict[str, Any]]:
     return [line for line in lines if "step" in line]
 
 
+@pytest.mark.slow
 def test_a_run_is_interrupted_and_gone_on_with(tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     with started(command(out, sets=("job.steps=40",)), log) as process:

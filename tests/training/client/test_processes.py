@@ -184,6 +184,7 @@ def test_wrong_data_is_told_by_file_and_line_before_anybody_is_asked(tmp_path: P
     assert not list(tmp_path.glob("client-*"))
 
 
+@pytest.mark.slow
 def test_a_client_that_is_alone_says_so_and_what_was_never_trained_is_no_result(tmp_path: Path, secrets: Path) -> None:
     with party(tmp_path / "run", secrets) as run:
         run.start_client("0")
