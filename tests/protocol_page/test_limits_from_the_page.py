@@ -28,7 +28,7 @@ STEP = Frame(wire.STEP, handle=1, seq=1, count=1, payload=bytes(128)).encode()
 FATAL = {
     "magic": (b"LF" + STEP[2:], 41, 4401, 400),
     "version": (STEP[:2] + b"\x02" + STEP[3:], 42, 4402, 426),
-    "kind": (Frame(14).encode(), 41, 4401, 400),
+    "kind": (Frame(15).encode(), 41, 4401, 400),
     "cut short": (STEP[:-1], 41, 4401, 400),
     "oversized frame": (Frame(wire.STEP, handle=1, payload=bytes(65536)).encode(), 43, 1009, 413),
     "oversized message": (Frame(wire.CLOSE, handle=1, payload=bytes(60000)).encode() * 18, 43, 1009, 413),

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-HELLO, OPEN, ATTACH, FORK, STEP, REPLY, CANCEL, CLOSE, ERROR, RESYNC, MOVED, FORWARD, BACKWARD = range(1, 14)
+HELLO, OPEN, ATTACH, FORK, STEP, REPLY, CANCEL, CLOSE, ERROR, RESYNC, MOVED, FORWARD, BACKWARD, JOIN = range(1, 15)
 FP32, BF16, FP16, INT8 = range(4)
 REPLY_LAST, REPLY_NONE, DRAFT, TREE, ACCEPT = 1, 2, 4, 8, 16
 
