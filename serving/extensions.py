@@ -125,7 +125,7 @@ class CoreHost:
     def _own_dense(self, dtype: torch.dtype) -> Segment:
         segment = self._hosted.engine.segment
         matrices = [module for module in segment.modules() if isinstance(module, FusedLinear)]
-        if segment.dtype == dtype and all(matrix.weight is not None for matrix in matrices):
+        if all(matrix.weight is not None and matrix.weight.dtype == dtype == segment.dtype for matrix in matrices):
             return segment
         log.info("loading dense weights extension=%s dtype=%s blocks=%s", self._name, dtype, segment.blocks)
         return load_segment(self.checkpoint, segment.blocks, dtype=dtype, device=segment.device)

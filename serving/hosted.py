@@ -120,13 +120,11 @@ def load_hosted(settings: ServerSettings, folder: Path) -> Hosted:
     dtype = numerics.compute
     max_model_len = _max_model_len(settings, config)
     adapters = HostedAdapters.read(parse_lora_modules(settings.lora_modules), config, blocks)
-    name = settings.served_model_name or _model_name(settings.model, folder)
-    if name in adapters.names:
-        raise UsageError(f"--lora-modules: {name!r} is the name of the model itself; give the adapter another")
+    name = _served_name(settings, folder, adapters)
     attention = choose_attention(settings.attention, config, device, PAGE_SIZE)
     segment = load_packed_segment(checkpoint, blocks, numerics)
     bank = adapters.bank(segment)
-    max_rows = settings.max_num_batched_tokens or (BATCH_ROWS_CUDA if device.type == "cuda" else BATCH_ROWS_CPU)
+    max_rows = _max_rows(settings, device)
     kv_dtype = dtype if settings.kv_cache_dtype == "auto" else KV_DTYPES[settings.kv_cache_dtype]
     largest = PassSize(max_rows, max_step_rows(max_rows), max_model_len)
 
@@ -221,6 +219,17 @@ def _max_model_len(settings: ServerSettings, config: ModelConfig) -> int:
     if settings.max_model_len > most:
         raise UsageError(f"--max-model-len {settings.max_model_len} exceeds the model's own {most} positions")
     return settings.max_model_len
+
+
+def _max_rows(settings: ServerSettings, device: torch.device) -> int:
+    return settings.max_num_batched_tokens or (BATCH_ROWS_CUDA if device.type == "cuda" else BATCH_ROWS_CPU)
+
+
+def _served_name(settings: ServerSettings, folder: Path, adapters: HostedAdapters) -> str:
+    name = settings.served_model_name or _model_name(settings.model, folder)
+    if name in adapters.names:
+        raise UsageError(f"--lora-modules: {name!r} is the name of the model itself; give the adapter another")
+    return name
 
 
 def _model_name(model: str, folder: Path) -> str:

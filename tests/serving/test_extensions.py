@@ -219,3 +219,10 @@ async def test_dense_weights_are_loaded_once_and_are_the_checkpoints(place: Any)
     stored = dict(own.stored_parts())
     assert all(torch.equal(view, stored[name]) for name, view in segment.stored_parts())
     assert host.dense_segment(torch.bfloat16).dtype == torch.bfloat16
+
+
+async def test_dense_weights_are_of_the_type_asked_for_whatever_inference_stores(make_place: Any) -> None:
+    place = await make_place(dtype="float16")
+    segment = CoreHost(place.core, "echo").dense_segment(torch.float32)
+    assert segment.dtype == torch.float32
+    assert {view.dtype for _, view in segment.stored_parts()} == {torch.float32}

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from edge_client.api.answers import run_all
 from edge_client.api.hidden import trace
 from edge_client.generate import EdgeSession
 from edge_client.runtime import EdgeRuntime
@@ -115,7 +116,7 @@ class SplitModel:
                 sessions = await stack.enter_async_context(branches)
             else:
                 sessions = [await stack.enter_async_context(self.edge.open()) for _ in todo]
-            await _together(_feed(session, *each) for session, each in zip(sessions, todo, strict=True))
+            await run_all(_feed(session, *each) for session, each in zip(sessions, todo, strict=True))
 
 
 async def _feed(session: EdgeSession, ids: Sequence[int], likelihood: Likelihood) -> None:
@@ -136,14 +137,4 @@ async def _counted(coroutines: Iterable[Coroutine[Any, Any, T]], progress: Progr
         progress(done)
         return result
 
-    return await _together(one(each) for each in coroutines)
-
-
-async def _together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    tasks = [asyncio.create_task(each) for each in coroutines]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    return await run_all(one(each) for each in coroutines)

@@ -5,6 +5,7 @@ A job's key is every member's, so where the server has API keys the creator's al
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Header, Response
@@ -20,6 +21,43 @@ if TYPE_CHECKING:
 KEY_HEADER = "X-FL-Job-Key"
 
 
+@dataclass(frozen=True, slots=True)
+class _Doors:
+    """Who may do what, as FastAPI's dependencies: the owner of an API key, a job it may see, a job it may change."""
+
+    owner: Any
+    job: Any
+    own_job: Any
+
+    @classmethod
+    def of(cls, extension: TrainingExtension) -> _Doors:
+        """Make them."""
+
+        async def authenticate(authorization: Annotated[str | None, Header()] = None) -> str:
+            return extension.host.authenticate(authorization)
+
+        owner = Depends(authenticate)
+
+        async def open_job(
+            ident: str, who: str = owner, key: Annotated[str | None, Header(alias=KEY_HEADER)] = None
+        ) -> Job:
+            job = extension.find(ident)
+            is_creator = who == job.record.owner and who != ANONYMOUS
+            if not job.has_key(key) and (key is not None or not is_creator):
+                raise NotOwner(f"the job {ident} is another's: send its key in the header {KEY_HEADER}")
+            return job
+
+        open_for_all = Depends(open_job)
+
+        async def change_job(who: str = owner, job: Job = open_for_all) -> Job:
+            # Nobody in particular has the job's key then, or the request would not have come so far.
+            if who != job.record.owner and ANONYMOUS not in (who, job.record.owner):
+                raise NotOwner(f"only the creator of the job {job.record.id} pauses, resumes, cancels or removes it")
+            return job
+
+        return _Doors(owner, open_for_all, Depends(change_job))
+
+
 def make_router(extension: TrainingExtension) -> APIRouter:
     """All routes below /v1/jobs.
 
@@ -27,30 +65,8 @@ def make_router(extension: TrainingExtension) -> APIRouter:
     key only where there are no API keys.
     """
     router = APIRouter(prefix="/v1/jobs", tags=["fine-tuning"])
-
-    async def authenticate(authorization: Annotated[str | None, Header()] = None) -> str:
-        return extension.host.authenticate(authorization)
-
-    owner = Depends(authenticate)
-
-    async def open_job(
-        ident: str, who: str = owner, key: Annotated[str | None, Header(alias=KEY_HEADER)] = None
-    ) -> Job:
-        job = extension.find(ident)
-        is_creator = who == job.record.owner and who != ANONYMOUS
-        if not job.has_key(key) and (key is not None or not is_creator):
-            raise NotOwner(f"the job {ident} is another's: send its key in the header {KEY_HEADER}")
-        return job
-
-    open_for_all = Depends(open_job)
-
-    async def change_job(who: str = owner, job: Job = open_for_all) -> Job:
-        # Nobody in particular has the job's key then, or the request would not have come so far.
-        if who != job.record.owner and ANONYMOUS not in (who, job.record.owner):
-            raise NotOwner(f"only the creator of the job {job.record.id} pauses, resumes, cancels or removes it")
-        return job
-
-    open_for_creator = Depends(change_job)
+    doors = _Doors.of(extension)
+    owner, open_for_all, open_for_creator = doors.owner, doors.job, doors.own_job
 
     @router.post("", summary="Create a job; the answer shows its key, this once")
     async def create(raw: Annotated[dict[str, Any], Body()], who: str = owner) -> dict[str, Any]:
